@@ -1,0 +1,34 @@
+# Everything runs in .venv, made from constraints.txt. `make demo` is the place to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all lint bench clean
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
+	touch $@
+
+demo: $(VENV)/base  ## distil a language model on real text, in minutes
+	$(BIN)/hf-distill run recipes/quickstart.yaml
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## the everyday tier, at most 10 minutes on 2 cores
+	$(PYTEST) -m "not slow"
+
+test-all: lint  ## the full grids, at most an hour
+	$(PYTEST)
+
+clean:
+	rm -rf $(VENV) runs

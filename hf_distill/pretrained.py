@@ -1,0 +1,66 @@
+"""Models and tokenizers by id or path, with one clear line where they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_distill.errors import InputError
+
+
+def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a Hub id or a local folder.
+
+    role: "teacher", "student", ...: the word that an error uses for it
+    kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...)
+    raises: InputError if it cannot be reached or has no language-model head
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(name), output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_unreachable(role, name, error)) from error
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{role} {str(name)!r} has no language-model head: a divergence needs one")
+    missing = set(report["missing_keys"])
+    if missing & {key for key, value in model.state_dict().items() if value is head.weight}:
+        raise InputError(
+            f"{role} {str(name)!r} was saved without a language-model head, so its predictions "
+            "would be random: give a checkpoint of a causal language model"
+        )
+    return model
+
+
+def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub id or a local folder; InputError if it cannot be reached."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(_unreachable(f"{role}'s tokenizer", name, error)) from error
+
+
+def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model that is already on this machine, or None. Never a download."""
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _unreachable(role: str, name: str | Path, error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"{role} {str(name)!r} cannot be loaded ({first_line.rstrip('.')}): "
+        "give a local folder, or check the id and the connection to the Hub"
+    )
