@@ -37,9 +37,10 @@ def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
-    """beta * KL(teacher || m) + (1 - beta) * KL(student || m), m = beta * teacher + (1 - beta) * student.
+    """beta * KL(teacher || m) + (1 - beta) * KL(student || m).
 
-    The generalised Jensen-Shannon divergence, 0 < beta < 1. Source: arXiv:2306.13649.
+    The generalised Jensen-Shannon divergence, with m = beta * teacher + (1 - beta) * student.
+    Source: arXiv:2306.13649.
     """
     mixture = _mixture(teacher, student, beta)
     return beta * forward_kl(mixture, teacher) + (1 - beta) * forward_kl(mixture, student)

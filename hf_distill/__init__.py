@@ -1,0 +1,9 @@
+"""Knowledge distillation as a Hugging Face Trainer."""
+
+from hf_distill.arguments import DistillationArguments
+from hf_distill.errors import InputError
+from hf_distill.trainer import DistillationTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["DistillationArguments", "DistillationTrainer", "InputError"]

@@ -1,0 +1,37 @@
+"""Where the teacher's distributions come from. The objective does not know which it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.pretrained import load_model
+from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.live import LiveTeacher
+
+__all__ = ["LiveTeacher", "Teacher", "as_teacher"]
+
+
+def as_teacher(
+    teacher: PreTrainedModel | Teacher | str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs: Any,
+) -> Teacher | None:
+    """A teacher from whatever a user has at hand; None stays None.
+
+    tokenizer: the teacher's; model_kwargs: for `from_pretrained`, where it is an id or a path
+    raises: InputError for anything else
+    """
+    if isinstance(teacher, str | Path):
+        teacher = load_model(teacher, "teacher", **model_kwargs)
+    if isinstance(teacher, PreTrainedModel):
+        return LiveTeacher(teacher, tokenizer)
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    raise InputError(
+        f"teacher is a {type(teacher).__name__}, but must be a model, an id or path, or an object "
+        "with name, rows, tokenizer, prepare() and signal()"
+    )

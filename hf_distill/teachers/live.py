@@ -1,0 +1,72 @@
+"""A teacher in the same process: frozen, in eval mode, asked batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.objective import Signal
+from hf_distill.pretrained import local_tokenizer
+from hf_distill.vocabulary import embedding_rows, head_rows
+
+
+class LiveTeacher:
+    """A causal language model as a teacher.
+
+    Its dtype, attention and quantisation are as it was loaded; nothing here changes them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.name = model.config.name_or_path or type(model).__name__
+        self.rows = head_rows(model)
+        self.tokenizer = tokenizer or local_tokenizer(model.config.name_or_path)
+        self._readable = embedding_rows(model)
+        self._accepted = set(inspect.signature(model.forward).parameters)
+        self._may_meet_unknown_ids = True
+        self._autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
+        """Move to the accelerator's device, and follow its mixed precision."""
+        placed = getattr(self.model, "hf_device_map", None) or getattr(
+            self.model, "is_quantized", False
+        )
+        if not placed:
+            self.model.to(accelerator.device)
+        self._autocast = accelerator.autocast
+        # Looking at ids costs a synchronisation with the device; most pairs never need it.
+        self._may_meet_unknown_ids = student_reads > self._readable
+
+    @torch.no_grad()
+    def signal(self, inputs: Mapping[str, Any], targets: Tensor) -> Signal:
+        """Logits of the targets, (targets, rows of the head)."""
+        # Asserted at each step: a wrapper's .train() elsewhere would switch dropout on again.
+        self.model.eval()
+        inputs = {name: value for name, value in inputs.items() if name in self._accepted}
+        if self._may_meet_unknown_ids:
+            inputs["input_ids"] = self._known_ids(inputs["input_ids"], inputs.get("attention_mask"))
+        with self._autocast():
+            logits = self.model(**inputs, use_cache=False).logits
+        return Signal(logits[targets.to(logits.device)].to(targets.device))
+
+    def _known_ids(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Ids that the embedding lacks, replaced where masked and refused where real."""
+        unknown = ids >= self._readable
+        real = unknown if attention_mask is None else unknown & (attention_mask != 0)
+        if real.any():
+            raise InputError(
+                f"the teacher {self.name!r} reads ids up to {self._readable - 1}, but the batch "
+                f"has the token id {int(ids[real].max())}, which its tokenizer lacks: remove it "
+                "from the data, or resize the teacher's embedding"
+            )
+        return ids.masked_fill(unknown, 0)

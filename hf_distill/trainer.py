@@ -1,0 +1,393 @@
+"""`DistillationTrainer`: a `transformers.Trainer` whose loss also asks a teacher.
+
+Everything here joins things that are explained elsewhere: the batch is read by `targets`, the
+teacher (`teachers`) turns it into a signal, the `objective` turns student, labels and signal into
+sums. Trainer's own methods are overridden where it counts (`_get_num_items_in_batch`), where it
+computes (`compute_loss`, `prediction_step`), where it reports, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from hf_distill.arguments import DistillationArguments
+from hf_distill.checkpoints import is_complete, last_complete_checkpoint
+from hf_distill.divergences import Divergence, named_divergence
+from hf_distill.errors import InputError
+from hf_distill.objective import Judgement, Objective, Signal, Term, precise_sum, sum_by_row
+from hf_distill.pretrained import load_model
+from hf_distill.targets import (
+    DENOMINATORS,
+    IGNORE,
+    accumulator,
+    count,
+    count_by_row,
+    position_ids,
+    target_labels,
+)
+from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
+
+Denominators = dict[str, Tensor]
+
+
+class DistillationMixin(Trainer):
+    """What makes a Trainer a distillation; see `DistillationTrainer` for the arguments.
+
+    Subclasses may override
+    - `choose_divergence()`: the function of (student, teacher) log-probabilities to minimise
+    - `extra_terms(inputs, outputs)`: named terms to add to the objective
+    - `teacher_inputs(inputs)`: what the teacher sees of a batch
+    """
+
+    # The loss is divided by the counts of the whole step, never again by accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    args: DistillationArguments
+    model: PreTrainedModel
+    teacher: Teacher | None
+    objective: Objective
+    _non_finite: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher: PreTrainedModel | Teacher | str | None = None,
+        args: DistillationArguments | None = None,
+        *,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        divergence: Divergence | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        args = DistillationArguments("trainer_output") if args is None else args
+        if not isinstance(args, DistillationArguments):
+            raise InputError(
+                f"args is a {type(args).__name__}, which has no alpha or temperature: "
+                "use hf_distill.DistillationArguments, which takes the same options and these"
+            )
+        if trainer_arguments.get("compute_loss_func") is not None:
+            raise InputError(
+                "compute_loss_func would replace the whole objective: pass divergence=, or "
+                "override extra_terms in a subclass"
+            )
+        if isinstance(model, str | Path):
+            model = load_model(model, "student", **args.model_kwargs("student"))
+        self.teacher = as_teacher(teacher, teacher_tokenizer, **args.model_kwargs("teacher"))
+        if self.teacher is None and args.alpha > 0:
+            raise InputError(
+                f"alpha is {args.alpha}, but there is no teacher to learn from: "
+                "pass teacher=, or set alpha to 0 for plain fine-tuning"
+            )
+        self._custom_divergence = divergence
+        super().__init__(model=model, args=args, **trainer_arguments)
+        self._accepted_by_student = _forward_parameters(self.model)
+        self.objective = self._make_objective()
+        if self.teacher is not None:
+            reads = embedding_rows(_unwrapped(self.model))
+            self.teacher.prepare(self.accelerator, student_reads=reads)
+        self._suppress_ids_without_token()
+        self._reset_running_parts()
+
+    # ---- Hooks for subclasses ----
+
+    def choose_divergence(self) -> Divergence:
+        """The divergence to minimise: the one passed in, or the one that the arguments name."""
+        if self._custom_divergence is not None:
+            return self._custom_divergence
+        args = self.args
+        return named_divergence(args.divergence, beta=args.beta, skew=args.skew)
+
+    def extra_terms(self, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Term]:
+        """Further terms of the objective by name, logged and evaluated under these names."""
+        return {}
+
+    def teacher_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a batch that the teacher sees, by default all but the labels."""
+        return inputs
+
+    # ---- The loss ----
+
+    def _get_num_items_in_batch(  # type: ignore[override]  # several counts, not one
+        self, batch_samples: list[Mapping[str, Any]], device: torch.device
+    ) -> Denominators | None:
+        """Every denominator of one optimizer step, over its micro-batches and all processes."""
+        if not batch_samples or not _has_labels(batch_samples[0]):
+            return None
+        counts = count(batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        # At least one, so that a step without any target costs exactly zero instead of 0/0.
+        return dict(zip(DENOMINATORS, counts.clamp(min=1).unbind(), strict=True))
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Denominators | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss.
+
+        Divided by the counts of the whole step, and multiplied by the number of processes, which
+        the engines divide by when they average gradients.
+        """
+        if not _has_labels(inputs):
+            raise InputError(
+                f"the batch has no labels, only {', '.join(inputs)}: the loss is taken where a "
+                "label is; add a labels column, or a collator that makes one"
+            )
+        judgement, terms, outputs, _ = self._judge(model, inputs)
+        counts = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
+        assert counts is not None  # there are labels
+        averaged = self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes if averaged else 1
+        targets = counts["targets"]
+        parts = {k: scale * precise_sum(v) / targets for k, v in judgement.per_target.items()}
+        loss = scale * judgement.weighted_sum / targets
+        for name, term in terms.items():
+            mean = precise_sum(term.row_sums) / counts[term.denominator]
+            parts[name] = scale * mean.detach()
+            loss = loss + scale * term.weight * mean
+        loss = loss.float()
+        if model.training:
+            self._keep_parts(parts)
+            self._refuse_non_finite(loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _judge(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[Judgement, dict[str, Term], Any, Signal | None]:
+        """One forward of student and teacher: the objective's sums before any division."""
+        labels = target_labels(inputs)
+        targets = labels != IGNORE
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        counts_positions = "position_ids" in self._accepted_by_student
+        if counts_positions and "position_ids" not in inputs and "attention_mask" in inputs:
+            inputs["position_ids"] = position_ids(inputs["attention_mask"])
+        signal = None
+        if self.teacher is not None and (self.args.alpha > 0 or not model.training):
+            signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
+        outputs = model(**inputs, use_cache=False)
+        judgement = self.objective.judge(outputs.logits[targets], labels[targets], signal)
+        return judgement, self.extra_terms(inputs, outputs), outputs, signal
+
+    def _refuse_non_finite(self, loss: Tensor) -> None:
+        """Stop all ranks together at a NaN, before the optimizer and the log filter see it.
+
+        One synchronisation an optimizer step, at its last micro-batch, not one a micro-batch.
+        """
+        self._non_finite = self._non_finite | ~loss.isfinite()
+        if not self.accelerator.sync_gradients:
+            return
+        parts = torch.stack(list(self._running_parts.values()))
+        flags = torch.cat([self._non_finite[None], ~parts.isfinite()]).to(torch.int32)
+        loss_is_bad, ce_is_bad, *_ = self.accelerator.reduce(flags, "sum").tolist()
+        if loss_is_bad:
+            cause = (
+                "the student's own cross-entropy is not finite, so its weights have diverged: "
+                "lower learning_rate, set max_grad_norm, or use bf16 instead of fp16"
+                if ce_is_bad
+                else "the student's cross-entropy is finite, so the teacher's logits are not: load "
+                "the teacher in bfloat16 or float32 (teacher_model_kwargs)"
+            )
+            kept = last_complete_checkpoint(self._output_dir)
+            raise InputError(
+                f"the loss is not finite at step {self.state.global_step + 1}: {cause}; "
+                f"last good checkpoint: {kept or 'none yet'}"
+            )
+
+    # ---- Logs ----
+
+    def _reset_running_parts(self) -> None:
+        self._running_parts: dict[str, Tensor] = {}
+        self._parts_to_log: dict[str, float] = {}
+        self._non_finite = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def _keep_parts(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self._running_parts[name] = self._running_parts.get(name, 0.0) + value
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Hand the objective's parts to the log that Trainer is about to write."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        if self.control.should_log and steps > 0 and self._running_parts:
+            means = torch.stack(list(self._running_parts.values())) / steps
+            means = self.accelerator.reduce(means, "mean").tolist()
+            self._parts_to_log = dict(zip(self._running_parts, means, strict=True))
+            self._running_parts = {}
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with `ce`, the divergence and further terms by name beside `loss`."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts_to_log}
+            self._parts_to_log = {}
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's step, keeping sums by row so that evaluation is exact for any batch size."""
+        if not _has_labels(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = target_labels(inputs)
+        targets = labels != IGNORE
+        with torch.no_grad(), self.compute_loss_context_manager():
+            judgement, terms, outputs, signal = self._judge(model, inputs)
+            values = dict(judgement.per_target)
+            if signal is not None:
+                at_targets = outputs.logits[targets], labels[targets]
+                values |= self.objective.compare(*at_targets, signal)
+        rows, row_of = len(labels), targets.nonzero()[:, 0]
+        sums = {name: sum_by_row(value, row_of, rows) for name, value in values.items()}
+        sums |= {name: term.row_sums for name, term in terms.items()}
+        self._terms = {name: (term.denominator, term.weight) for name, term in terms.items()}
+        sums |= dict(zip(DENOMINATORS, count_by_row(inputs).unbind(-1), strict=True))
+        table = torch.stack([s.to(accumulator(s)) for s in sums.values()], dim=-1)  # (rows, sums)
+        # Gathered by row, so that rows repeated to even out the last batch are dropped.
+        gathered = self.accelerator.gather_for_metrics(table)
+        for name, total in zip(sums, gathered.sum(0), strict=True):
+            self._evaluated[name] = self._evaluated.get(name, 0.0) + total
+        loss = (judgement.weighted_sum / targets.sum().clamp(min=1)).float()
+        if prediction_loss_only:
+            return loss, None, None
+        config = _unwrapped(self.model).config
+        ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", ())
+        logits = tuple(v for k, v in outputs.items() if k not in ignored)
+        return loss, logits[0] if len(logits) == 1 else logits, inputs.get("labels", labels)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop; the loss and its parts come from sums over rows, not means of batches."""
+        self._evaluated: dict[str, Any] = {}
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated and output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(
+                {f"{prefix}_{k}": v for k, v in self._evaluation_metrics().items()}
+            )
+        return output
+
+    def _evaluation_metrics(self) -> dict[str, float]:
+        sums = {name: float(value) for name, value in self._evaluated.items()}
+        counts = {name: sums.pop(name) for name in DENOMINATORS}
+        if counts["targets"] == 0:
+            raise InputError(
+                "the evaluation set has no target, since every label in it is -100: "
+                "check how its labels are masked"
+            )
+        means = {
+            name: value / counts[self._terms.get(name, ("targets", 1.0))[0]]
+            for name, value in sums.items()
+        }
+        loss = (1 - self.args.alpha) * means["ce"]
+        scale = self.args.alpha * self.args.temperature**2
+        loss += scale * means.get(self.objective.name, 0.0)
+        loss += sum(weight * means[name] for name, (_, weight) in self._terms.items())
+        return {"loss": loss, **means}
+
+    # ---- Checkpoints ----
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that every rank writes; `trainer_state.json` follows on the first one.
+
+        With a barrier between, a readable `trainer_state.json` says that the whole checkpoint is
+        there, which is how an interrupted one is told apart (`last_complete_checkpoint`).
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Trainer's `train`; resumes from whole checkpoints only."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self._output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(
+                    f"there is no complete checkpoint in {self.args.output_dir!r} to resume from: "
+                    "train without resume_from_checkpoint"
+                )
+        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
+            raise InputError(
+                f"checkpoint {str(resume_from_checkpoint)!r} is missing or was interrupted while "
+                "being written (no readable trainer_state.json): resume from an earlier one"
+            )
+        self._reset_running_parts()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- Construction ----
+
+    @property
+    def _output_dir(self) -> str:
+        return self.args.output_dir or "."
+
+    def _make_objective(self) -> Objective:
+        rows = head_rows(_unwrapped(self.model))
+        shared = rows
+        if self.teacher is not None:
+            tokenizer = self.processing_class
+            shared = shared_vocabulary(
+                rows,
+                self.teacher.rows,
+                tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+                self.teacher.tokenizer,
+            )
+        divergence = self.choose_divergence()
+        function = divergence.func if isinstance(divergence, partial) else divergence
+        name = getattr(function, "__name__", "divergence")
+        name = name if name.isidentifier() else "divergence"  # a lambda is called "<lambda>"
+        return Objective(self.args.alpha, self.args.temperature, divergence, name, shared)
+
+    def _suppress_ids_without_token(self) -> None:
+        """Head rows beyond the tokenizer (padding) are never generated from a saved student."""
+        model, tokenizer = _unwrapped(self.model), self.processing_class
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and model.can_generate():
+            unused = list(range(len(tokenizer), head_rows(model)))
+            if unused:
+                already = model.generation_config.suppress_tokens or []
+                model.generation_config.suppress_tokens = sorted({*already, *unused})
+
+
+class DistillationTrainer(DistillationMixin):
+    """Trains a student on labels and on a teacher's distributions; otherwise a `Trainer`.
+
+    model: the student, a causal language model or its id or path
+    teacher: a causal language model, its id or path, or any object with the `Teacher` protocol;
+        None only where alpha is 0
+    args: `DistillationArguments`
+    teacher_tokenizer: to check that ids mean the same; found by itself beside a local teacher
+    divergence: a function of your own in place of the one that the arguments name, see
+        `hf_distill.divergences`
+    Further keyword arguments are Trainer's (train_dataset, eval_dataset, processing_class,
+    data_collator, callbacks, compute_metrics, optimizers, ...).
+    raises: InputError for what cannot work, at construction
+    """
+
+
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside an adapter; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _forward_parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(_unwrapped(model).forward).parameters)
+
+
+def _has_labels(batch: Mapping[str, Any]) -> bool:
+    return batch.get("labels") is not None or batch.get("shift_labels") is not None

@@ -1,0 +1,82 @@
+"""Do two models mean the same token by the same id, and how far?"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def head_rows(model: PreTrainedModel) -> int:
+    """How many ids a model's output head predicts, padding rows included."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(
+            f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
+        )
+    # A ZeRO-3 weight is empty between uses, so that a layer's own word is asked first.
+    return getattr(head, "out_features", None) or head.weight.shape[0]
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many ids a model can read."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
+    return model.config.get_text_config().vocab_size
+
+
+def first_difference(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> tuple[int, str | None, str | None] | None:
+    """The first id that stands for different tokens, with both tokens; else None.
+
+    Ids beyond the shorter vocabulary (an added ``<pad>``) are no difference: they are not shared.
+    """
+    ids = range(min(len(student), len(teacher)))
+    ours, theirs = (
+        {index: token for token, index in tokenizer.get_vocab().items()}
+        for tokenizer in (student, teacher)
+    )
+    for index in ids:
+        if ours.get(index) != theirs.get(index):
+            return index, ours.get(index), theirs.get(index)
+    return None
+
+
+def shared_vocabulary(
+    student_rows: int,
+    teacher_rows: int,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """How many ids, from 0 on, both models share; the divergence runs over these.
+
+    Head rows beyond a tokenizer (50257 tokens in 50304 rows) are shared by nobody. Where a
+    tokenizer is missing, one warning says that the tokens were not compared.
+    raises: InputError naming the first token that differs
+    """
+    shared = min(student_rows, teacher_rows)
+    known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
+    shared = min([shared, *map(len, known)])
+    if student_tokenizer is None or teacher_tokenizer is None:
+        logger.warning(
+            "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
+            "not known; pass processing_class and teacher_tokenizer to have them checked.",
+            "teacher" if student_tokenizer is not None else "student",
+        )
+        return shared
+    difference = first_difference(student_tokenizer, teacher_tokenizer)
+    if difference is not None:
+        index, ours, theirs = difference
+        raise InputError(
+            f"student and teacher have different tokenizers: id {index} is {ours!r} to the student "
+            f"and {theirs!r} to the teacher, so their distributions cannot be compared; "
+            "use a student with the teacher's tokenizer"
+        )
+    return shared
