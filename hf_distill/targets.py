@@ -25,8 +25,12 @@ def target_labels(batch: Mapping[str, Any]) -> Tensor:
     """
     if batch.get("shift_labels") is not None:
         return batch["shift_labels"]
-    labels = batch["labels"]
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return labels
+    # Padding predicts nothing: in a left-padded row it stands before the first token.
+    return labels.masked_fill(mask == 0, IGNORE)
 
 
 def target_mask(batch: Mapping[str, Any]) -> Tensor:

@@ -268,7 +268,7 @@ class DistillationMixin(Trainer):
         if prediction_loss_only:
             return loss, None, None
         config = _unwrapped(self.model).config
-        ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", ())
+        ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", None) or []
         logits = tuple(v for k, v in outputs.items() if k not in ignored)
         return loss, logits[0] if len(logits) == 1 else logits, inputs.get("labels", labels)
 
