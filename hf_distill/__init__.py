@@ -2,8 +2,14 @@
 
 from hf_distill.arguments import DistillationArguments
 from hf_distill.errors import InputError
+from hf_distill.students import student_from_teacher
 from hf_distill.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["DistillationArguments", "DistillationTrainer", "InputError"]
+__all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
+    "InputError",
+    "student_from_teacher",
+]

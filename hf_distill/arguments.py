@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -18,7 +18,7 @@ class DistillationArguments(TrainingArguments):
     raises: InputError for a value out of range or an option that a distillation cannot honour
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class, which is no ClassVar
         *TrainingArguments._VALID_DICT_FIELDS,
         "teacher_model_kwargs",
         "student_model_kwargs",
@@ -80,6 +80,11 @@ class DistillationArguments(TrainingArguments):
             raise InputError(
                 "parallelism_config splits sequences or tensors over devices, which the divergence "
                 "does not follow: use DDP, DeepSpeed or FSDP through `accelerate launch` instead"
+            )
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise InputError(
+                f"hub_strategy is {str(self.hub_strategy)!r}, which publishes pickled optimizer "
+                "states: use 'every_save' or 'end'"
             )
         if self.n_gpu > 1:
             raise InputError(

@@ -81,6 +81,8 @@ def named_divergence(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Dive
         raise InputError(f"divergence is {name!r}, but must be one of {', '.join(DIVERGENCES)}")
     if name == "jsd":
         return partial(jsd, beta=beta)
-    if name.startswith("skew_"):
-        return partial(DIVERGENCES[name], skew=skew)
+    if name == "skew_forward_kl":
+        return partial(skew_forward_kl, skew=skew)
+    if name == "skew_reverse_kl":
+        return partial(skew_reverse_kl, skew=skew)
     return DIVERGENCES[name]

@@ -23,9 +23,10 @@ def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
     raises: InputError if it cannot be reached or has no language-model head
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name), output_loading_info=True, **kwargs
         )
+        model, report = loaded
     except (OSError, ValueError) as error:
         raise InputError(_unreachable(role, name, error)) from error
     head = model.get_output_embeddings()
@@ -43,9 +44,15 @@ def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
 def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or a local folder; InputError if it cannot be reached."""
     try:
-        return AutoTokenizer.from_pretrained(str(name), **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(_unreachable(f"{role}'s tokenizer", name, error)) from error
+    if not _has_tokens(tokenizer):
+        raise InputError(
+            f"{role} {str(name)!r} has no tokenizer files beside it, so that no text can be read: "
+            "save the tokenizer into that folder, or name one that has it"
+        )
+    return tokenizer
 
 
 def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
@@ -53,9 +60,15 @@ def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, KeyError):
         return None
+    return tokenizer if _has_tokens(tokenizer) else None
+
+
+def _has_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False for the hollow tokenizer that AutoTokenizer makes of a folder with a model alone."""
+    return len(tokenizer) > len(tokenizer.added_tokens_decoder)
 
 
 def _unreachable(role: str, name: str | Path, error: Exception) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_distill.arguments import DistillationArguments
-from hf_distill.checkpoints import is_complete, last_complete_checkpoint
+from hf_distill.artifacts import ArtifactsMixin
+from hf_distill.checkpoints import last_complete_checkpoint
 from hf_distill.divergences import Divergence, named_divergence
 from hf_distill.errors import InputError
 from hf_distill.objective import Judgement, Objective, Signal, Term, precise_sum, sum_by_row
@@ -40,7 +41,7 @@ from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
 Denominators = dict[str, Tensor]
 
 
-class DistillationMixin(Trainer):
+class DistillationMixin(ArtifactsMixin):
     """What makes a Trainer a distillation; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
@@ -53,7 +54,6 @@ class DistillationMixin(Trainer):
     loss_is_scaled_for_ga = True
 
     args: DistillationArguments
-    model: PreTrainedModel
     teacher: Teacher | None
     objective: Objective
     _non_finite: Tensor
@@ -199,13 +199,18 @@ class DistillationMixin(Trainer):
                 else "the student's cross-entropy is finite, so the teacher's logits are not: load "
                 "the teacher in bfloat16 or float32 (teacher_model_kwargs)"
             )
-            kept = last_complete_checkpoint(self._output_dir)
+            kept = last_complete_checkpoint(self.folder)
             raise InputError(
                 f"the loss is not finite at step {self.state.global_step + 1}: {cause}; "
                 f"last good checkpoint: {kept or 'none yet'}"
             )
 
     # ---- Logs ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's `train`, with the objective's parts counted afresh."""
+        self._reset_running_parts()
+        return super().train(*args, **kwargs)
 
     def _reset_running_parts(self) -> None:
         self._running_parts: dict[str, Tensor] = {}
@@ -301,41 +306,7 @@ class DistillationMixin(Trainer):
         loss += sum(weight * means[name] for name, (_, weight) in self._terms.items())
         return {"loss": loss, **means}
 
-    # ---- Checkpoints ----
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The last thing that every rank writes; `trainer_state.json` follows on the first one.
-
-        With a barrier between, a readable `trainer_state.json` says that the whole checkpoint is
-        there, which is how an interrupted one is told apart (`last_complete_checkpoint`).
-        """
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """Trainer's `train`; resumes from whole checkpoints only."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self._output_dir)
-            if resume_from_checkpoint is None:
-                raise InputError(
-                    f"there is no complete checkpoint in {self.args.output_dir!r} to resume from: "
-                    "train without resume_from_checkpoint"
-                )
-        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
-            raise InputError(
-                f"checkpoint {str(resume_from_checkpoint)!r} is missing or was interrupted while "
-                "being written (no readable trainer_state.json): resume from an earlier one"
-            )
-        self._reset_running_parts()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     # ---- Construction ----
-
-    @property
-    def _output_dir(self) -> str:
-        return self.args.output_dir or "."
 
     def _make_objective(self) -> Objective:
         rows = head_rows(_unwrapped(self.model))

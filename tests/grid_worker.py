@@ -1,4 +1,4 @@
-"""Every two-process case of one tier of the grid, in one process group: `grid_worker.py TIER OUT`."""
+"""The two-process cases of one tier of the grid, in one group: `grid_worker.py TIER OUT`."""
 
 import json
 import sys

@@ -54,7 +54,7 @@ class Repo:
 
 
 class HubServer:
-    """Serves until the ``with`` block ends. ``repos`` and ``requests`` may be looked at any time."""
+    """Serves inside its ``with`` block; ``repos`` and ``requests`` may be looked at any time."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}  # ("model" or "dataset", "owner/name")
@@ -195,7 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "dataset" if kind.startswith("dataset") else "model"
         found = self.hub.repos.get((kind, name))
         if found is None or (found.private and not self._authorised()):
-            raise _Refusal(404 if self._authorised() else 401, "RepoNotFound", "Repository not found")
+            raise _Refusal(
+                404 if self._authorised() else 401, "RepoNotFound", "Repository not found"
+            )
         return found
 
     def _tree_of(self, repo: Repo, revision: str) -> dict[str, bytes]:

@@ -1,0 +1,102 @@
+"""The figures that are reported of a model: names, units, directions, and how they are written.
+
+One place, so that the report and the model card say the same thing in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Better = Literal["lower", "higher"] | None
+
+ROLES = ("teacher", "initial", "baseline", "student")
+"""The models of a run, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a model.
+
+    better: which direction is an improvement, None where neither is
+    judged: whether the better of baseline and student is worth marking; costs such as the size,
+        which both share by construction, are not
+    """
+
+    key: str
+    label: str
+    unit: str = ""
+    better: Better = None
+    judged: bool = False
+    percent: bool = False
+
+    def text(self, value: float | None) -> str:
+        """The number with its thousands separated and at most four significant digits."""
+        if value is None:
+            return "–"
+        if self.percent:
+            return f"{100 * value:.1f}%"
+        return compact(value) if self.key == "parameters" else number(value)
+
+    def prefers(self, first: float, second: float) -> bool:
+        """Is the first strictly better than the second?"""
+        return first < second if self.better == "lower" else first > second
+
+
+FIGURES = (
+    Figure("perplexity", "Perplexity", better="lower", judged=True),
+    Figure("bits_per_byte", "Bits per byte", better="lower", judged=True),
+    Figure("ce", "Cross-entropy", "nats per target", better="lower", judged=True),
+    Figure("kl_to_teacher", "KL to the teacher", "nats per target", better="lower", judged=True),
+    Figure("top1_agreement", "Top-1 agreement with the teacher", "", "higher", True, percent=True),
+    Figure("calibration_error", "Expected calibration error", "", "lower", True, percent=True),
+    Figure("parameters", "Parameters", better="lower"),
+    Figure("size_mb", "Size on disk", "MB", better="lower"),
+    Figure("prefill_tokens_per_s", "Prefill speed", "tokens/s", better="higher"),
+    Figure("decode_tokens_per_s", "Decode speed", "tokens/s", better="higher"),
+    Figure("peak_memory_mb", "Peak memory", "MB", better="lower"),
+    Figure("train_seconds", "Training time", "s", better="lower"),
+    Figure("targets", "Targets evaluated"),
+)
+BY_KEY = {figure.key: figure for figure in FIGURES}
+
+
+def figures_of(models: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """The figures that were measured of at least one of these models, known ones first."""
+    known = [f for f in FIGURES if any(measured(m, f.key) is not None for m in models.values())]
+    keys = dict.fromkeys(key for model in models.values() for key in model if key not in BY_KEY)
+    others = [
+        Figure(key, key.replace("_", " ").capitalize())
+        for key in keys
+        if any(measured(model, key) is not None for model in models.values())
+    ]
+    return known + others
+
+
+def measured(model: Mapping[str, Any] | None, key: str) -> float | None:
+    """The finite number under that key, or None: what was not measured is never shown."""
+    value = (model or {}).get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def number(value: float) -> str:
+    """1234567 -> 1,234,567; 123.456 -> 123.5; 0.012345 -> 0.01234: four significant digits."""
+    rounded = abs(float(f"{value:.3e}"))  # 9.9999 has as many digits as 10
+    if isinstance(value, int) or value == 0 or rounded >= 1000:
+        return f"{value:,.0f}"
+    digits = 3 - math.floor(math.log10(rounded))
+    return f"{value:.{digits}f}" if digits <= 7 else f"{value:.3g}"
+
+
+def compact(value: float, like: float | None = None) -> str:
+    """124439808 -> 124.4M, 2619264 -> 2.62M. like: the number whose suffix is taken instead."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value if like is None else like) >= limit:
+            value /= limit
+            digits = f"{value:,.{2 if abs(value) < 10 else 1}f}"
+            return digits.rstrip("0").rstrip(".") + suffix if value else "0"
+    return f"{value:.4g}"

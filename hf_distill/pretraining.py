@@ -1,0 +1,193 @@
+"""A tokenizer and a model from scratch, for those who have no checkpoint to start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_distill.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+SMALLEST_VOCABULARY = 258  # every byte and the two special tokens
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, model_max_length: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, lossless on any text, with exactly ``vocab_size`` tokens.
+
+    texts: the corpus, read once and never held whole
+    vocab_size: number of tokens, the two special ones included: ``<|endoftext|>`` (id 0, begins
+        and ends a text) and ``<|pad|>`` (id 1). Padding has its own token, so that the end of a
+        text is never masked together with it and stays learnable.
+    model_max_length: positions of the model that it is for, stored with the tokenizer
+    raises: InputError if the corpus is empty or has too few frequent pairs for so many tokens
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size={vocab_size} cannot hold the 256 bytes and 2 special tokens: "
+            f"give at least {SMALLEST_VOCABULARY}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a pair seen once is no pattern
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_not_empty(texts), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise InputError(
+            f"the corpus is too small for a vocabulary of {vocab_size} tokens, it gives "
+            f"{tokenizer.get_vocab_size()}: give more text or set vocab_size to that"
+        )
+    limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        **limit,
+    )
+
+
+def _not_empty(texts: Iterable[str]) -> Iterator[str]:
+    seen = False
+    for text in texts:
+        seen = seen or bool(text)
+        yield text
+    if not seen:
+        raise InputError("the corpus has no text to train a tokenizer on: check the data's paths")
+
+
+def model_from_config(
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """A causal language model with random weights, its vocabulary that of the tokenizer.
+
+    config: ``model_type`` (any that transformers has a causal language model for) and that model's
+        own settings, under its own names or the common ones (``n_layer``, ``num_hidden_layers``).
+        The vocabulary's size and the ids of special tokens come from the tokenizer.
+    seed: the same seed gives the same weights; the global random state is not touched
+    max_length: the longest row that the model must take, in positions
+    raises: InputError for an unknown model type or setting (naming the nearest), for a value that
+        the model refuses, and for fewer positions than ``max_length``
+    """
+    settings = dict(config)
+    if "model_type" not in settings:
+        raise InputError("the config has no model_type: give one, such as gpt2 or llama")
+    model_type = str(settings.pop("model_type"))
+    built = _checked_config(model_type, settings | _of_tokenizer(settings, tokenizer))
+    positions = max_positions(built)
+    if max_length is not None and positions is not None and positions < max_length:
+        raise InputError(
+            f"max_length={max_length} is beyond the {positions} positions of this {model_type}: "
+            "shorten the rows or give the model more positions (max_position_embeddings)"
+        )
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+        torch.default_generator.manual_seed(seed)
+        try:
+            model = AutoModelForCausalLM.from_config(built)
+            if not is_deepspeed_zero3_enabled():  # there the weights are scattered by now
+                _predict_something(model)
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            raise InputError(_refused(model_type, error)) from error
+    return model
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest row, in positions, that a model's config says it takes; None if it has no limit.
+
+    (RoBERTa's family keeps two of these positions to itself.)
+    """
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def _predict_something(model: PreTrainedModel) -> None:
+    """Some values (key-value heads that do not divide the heads) fail only when a model runs."""
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.ones(1, 2))
+
+
+def _of_tokenizer(
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int | None]:
+    """The settings that the tokenizer decides."""
+    decided = {
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in decided.items():
+        if settings.get(name, value) != value:
+            raise InputError(
+                f"{name}={settings[name]!r} disagrees with the tokenizer's {value}: leave it out, "
+                "the model takes it from the tokenizer"
+            )
+    return decided
+
+
+def _checked_config(model_type: str, settings: dict[str, Any]) -> PreTrainedConfig:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"model_type={model_type!r} is no causal language model that transformers knows: give "
+            f"one, such as gpt2 or llama (the nearest is "
+            f"{_nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)!r})"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    try:
+        config = config_class(**settings)
+    except Exception as error:  # configs validate themselves, each with its own kind of error
+        raise InputError(_refused(model_type, error)) from error
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config.attribute_map)
+    for name in settings:
+        if name not in known and _is_unread(name, config):
+            raise InputError(
+                f"{name!r} is not a setting of {model_type}, which would ignore it: "
+                f"the nearest is {_nearest(name, known)!r}"
+            )
+    return config
+
+
+def _is_unread(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a config only stored a setting that is no field of it, or dropped it.
+
+    Older names that it understands (``rope_theta``) are taken out and turned into a field;
+    generation settings are taken out too, but lead nowhere.
+    """
+    return name in vars(config) or hasattr(GenerationConfig(), name)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+
+
+def _refused(model_type: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{model_type} refuses its config ({reason.rstrip('.')}): correct the value"
