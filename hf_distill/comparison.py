@@ -57,7 +57,7 @@ def _decimals(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{round(100 * value, 1) + 0.0:.1f} %"  # "+ 0.0" makes 0.0 of -0.0
 
 
 def _whole(value: float) -> str:
@@ -111,7 +111,7 @@ def results_table(
     comparison: what `compare` returned, for two more columns
     """
     table = Table(title="Evaluation on held-out rows", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for model in results:
         table.add_column(model, justify="right")
     extra: dict[str, Any] = {

@@ -21,7 +21,7 @@ FLOORS = (
         "data",
         "recording",
     },
-    {"teachers", "metrics", "figures", "card"},
+    {"teachers", "metrics", "figures", "card", "comparison"},
     {"arguments", "artifacts", "trainer", "evaluation", "measure"},
     {"plots", "report", "hub", "recipe"},
     {"stages", "cli", "__init__", "__main__"},

@@ -1,0 +1,178 @@
+"""Rows from files or from the Hub, as memory-mapped Arrow tables with agreed columns."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import fsspec
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from hf_distill.data.config import DataConfig, Format
+from hf_distill.data.sources import find_files, hub_id, kind_of
+from hf_distill.errors import InputError
+
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+_MESSAGE = {"role": Value("string"), "content": Value("string")}
+_READ = 1 << 20
+
+
+def collect(
+    config: DataConfig, places: str | Sequence[str], split: str, work_dir: Path
+) -> tuple[Dataset, Format]:
+    """All rows of some places, under the column names of their format (``COLUMNS``).
+
+    places: files, globs, folders, or one Hub id; split: of the Hub data set
+    work_dir: where Arrow files are cached
+    raises: InputError naming the place or file that is missing, empty, unreadable or misshapen
+    """
+    places = [places] if isinstance(places, str) else list(places)
+    if (name := hub_id(places)) is not None:
+        return normalise(_from_hub(name, config, split, work_dir), config, name)
+    parts: list[Dataset] = []
+    formats: dict[Format, str] = {}
+    for kind, group in groupby(find_files(places, config.exclude), key=kind_of):
+        files = list(group)
+        part, found = normalise(_from_files(kind, files, config, work_dir), config, str(files[0]))
+        parts.append(part)
+        formats.setdefault(found, str(files[0]))
+    if len(formats) > 1:
+        listed = ", ".join(f"{name} ({where})" for name, where in formats.items())
+        raise InputError(f"the files hold rows of different formats: {listed}; prepare them apart")
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if not len(rows):
+        raise InputError(f"{', '.join(places)}: the files hold no row")
+    return rows, next(iter(formats))
+
+
+def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, Format]:
+    """The columns that the format needs, under their agreed names; all others are left out."""
+    given: dict[Format, tuple[str, ...]] = {
+        "chat": (config.messages_column,),
+        "prompt_completion": (config.prompt_column, config.completion_column),
+        "text": (config.text_column,),
+    }
+    wanted = given if config.format == "auto" else {config.format: given[config.format]}
+    for name, columns in wanted.items():
+        if set(columns) <= set(rows.column_names):
+            rows = rows.select_columns(list(columns))
+            new = dict(zip(columns, COLUMNS[name], strict=True))
+            rows = rows.rename_columns({old: to for old, to in new.items() if old != to})
+            return _typed(rows, name, where), name
+    looked = " or ".join(" + ".join(columns) for columns in wanted.values())
+    raise InputError(
+        f"{where} has the columns {', '.join(rows.column_names)} but not {looked}: "
+        "set data.text_column, data.prompt_column and data.completion_column, "
+        "or data.messages_column"
+    )
+
+
+def _typed(rows: Dataset, name: Format, where: str) -> Dataset:
+    if name == "chat":
+        feature: Any = rows.features["messages"]
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+        if not isinstance(inner, dict) or not set(_MESSAGE) <= set(inner):
+            raise InputError(
+                f"{where}: messages must be a list of {{role, content}}, not {feature}"
+            )
+        return rows
+    columns = COLUMNS[name]
+    for column in columns:
+        dtype = getattr(rows.features[column], "dtype", None)
+        if dtype not in ("string", "large_string"):
+            raise InputError(
+                f"{where}: column {column!r} holds {dtype or rows.features[column]}, not text: "
+                "name the column that holds the text"
+            )
+    # Files may disagree between string and large_string; they must agree to be concatenated.
+    return rows.cast(Features({column: Value("string") for column in columns}))
+
+
+def _from_files(kind: str, files: list[Path], config: DataConfig, work_dir: Path) -> Dataset:
+    options: dict[str, Any] = {}
+    if kind == "text":
+        options["sample_by"] = config.rows
+    elif kind == "tsv":
+        options["sep"] = "\t"
+    try:
+        return _load(kind, files, work_dir, num_proc=config.num_proc, **options)
+    # Whatever a reader raises on a damaged file: the type depends on format and compression.
+    except (DatasetGenerationError, OSError, ValueError, EOFError) as error:
+        raise InputError(_culprit(kind, files, work_dir, error, **options)) from error
+
+
+def _load(
+    kind: str, files: list[Path], work_dir: Path, num_proc: int | None = None, **options: Any
+) -> Dataset:
+    processes = min(num_proc or 1, len(files))
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it all
+    try:
+        rows = datasets.load_dataset(
+            "csv" if kind == "tsv" else kind,
+            data_files=[glob.escape(str(file.absolute())) for file in files],
+            split="train",
+            cache_dir=str(work_dir),
+            num_proc=processes if processes > 1 else None,
+            **options,
+        )
+    finally:
+        datasets.logging.set_verbosity(level)
+    return cast(Dataset, rows)
+
+
+def _culprit(kind: str, files: list[Path], work_dir: Path, error: Exception, **options: Any) -> str:
+    """Which file could not be read, and why: found by reading them one by one, after a failure."""
+    for file in files:
+        try:
+            if kind != "parquet":
+                _read_through(file)
+            if kind != "text":
+                _load(kind, [file], work_dir, **options)
+        except UnicodeDecodeError as problem:
+            return f"{file} is not UTF-8 text ({problem.reason}): convert it (iconv) or exclude it"
+        # Decompressors and parsers each raise their own types on a damaged file.
+        except Exception as problem:
+            reason = _line(problem.__cause__ or problem)
+            return f"{file} cannot be read as {kind} ({reason}): mend or exclude it"
+    names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    return f"{names} cannot be read as {kind} ({_line(error.__cause__ or error)})"
+
+
+def _read_through(file: Path) -> None:
+    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8") as stream:
+        while stream.read(_READ):
+            pass
+
+
+def _from_hub(name: str, config: DataConfig, split: str, work_dir: Path) -> Dataset:
+    try:
+        rows = datasets.load_dataset(
+            name,
+            config.subset,
+            split=split,
+            revision=config.revision,
+            cache_dir=str(work_dir),
+            num_proc=config.num_proc,
+        )
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise InputError(
+            f"{name!r} is neither a file nor a folder, and cannot be loaded from the Hub "
+            f"({_line(error)}): check the id, subset, split and revision, and the connection"
+        ) from error
+    return cast(Dataset, rows)
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    first = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return first if len(first) < 200 else first[:199] + "…"

@@ -1,0 +1,91 @@
+"""The recipe's ``data:`` section: which rows, how they are cleaned, how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Format = Literal["text", "prompt_completion", "chat"]
+
+
+class CleanConfig(BaseModel):
+    """What is repaired in a row, and which rows go. ``None`` or ``false`` switches a step off."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    repair_unicode: bool = True
+    """Undo mis-decoded UTF-8 (``Ã©`` for ``é``). Quotes, HTML entities, ligatures, widths and
+    composition of accents stay as they are, so that source code is not damaged."""
+    strip_control_characters: bool = True
+    """Remove control characters other than newline and tab, and byte-order marks."""
+    min_characters: int = Field(default=1, ge=1)
+    """Shorter rows go. Blank rows (no visible character) always go."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Longer rows go."""
+    max_repeated_lines: float | None = Field(default=0.7, gt=0, le=1)
+    """Largest share of a row's lines that may repeat an earlier line of it. Ordinary source code
+    reaches 0.46 (Python's standard library); Gopher's limit for web text is 0.3."""
+    max_top_ngram: float | None = Field(default=0.4, gt=0, le=1)
+    """Largest share of a row's words that its most frequent sequence of 4 words may cover, in rows
+    of at least 50 words. The loosest file of Python's standard library has 0.23; Gopher's limit
+    for web text is 0.16."""
+    exact_duplicates: bool = True
+    """Keep only the first of equal rows."""
+    near_duplicates: float | None = Field(default=0.8, gt=0, le=1)
+    """Estimated Jaccard similarity (sequences of 5 words) from which a later training row goes.
+    Prompt-completion and chat rows must agree in what is to be learnt as well."""
+    eval_overlap: float | None = Field(default=0.5, gt=0, le=1)
+    """Share of 13-word sequences in common with one evaluation row, of either row, from which a
+    training row goes; rows equal or near-equal to an evaluation row go too."""
+
+
+class DataConfig(BaseModel):
+    """Where rows come from and what is made of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: str | list[str]
+    """Files, globs (``**`` too), folders, or one Hub data set id. ``{stdlib}`` stands for the
+    folder of the Python standard library."""
+    eval: str | list[str] | None = None
+    """The same for evaluation rows; without it (and without ``eval_split``) rows are held out."""
+    eval_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the rows that is held out: the choice depends on content and seed only, and equal
+    rows stay together."""
+    exclude: list[str] = []
+    """Globs of files to leave out; ``*`` also crosses folder borders here."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set that is trained on."""
+    eval_split: str | None = None
+    """Split of a Hub data set that is evaluated on."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+
+    format: Literal["auto"] | Format = "auto"
+    """What the columns hold; ``auto`` looks for the messages, prompt and completion, text
+    columns, in this order."""
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    messages_column: str = "messages"
+    rows: Literal["line", "paragraph", "document"] = "line"
+    """Plain text files: a row per line, per block between blank lines, or per file."""
+    separator: str = "\n"
+    """Put between prompt and completion where neither brings its own white space."""
+    max_train_rows: int | None = Field(default=None, ge=1)
+    """Keep a sample of this many rows after cleaning (by content and seed, in their order)."""
+    max_eval_rows: int | None = Field(default=None, ge=1)
+
+    clean: CleanConfig = CleanConfig()
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of a row, at most."""
+    packing: bool = True
+    """Fill rows of ``max_length`` tokens with several documents instead of padding each."""
+    packing_attention: Literal["auto", "across", "within"] = "auto"
+    """Whether attention crosses document borders in a packed row; ``auto`` is across for text,
+    within for prompt-completion and chat."""
+    num_proc: int | None = Field(default=None, ge=1)
+    """Processes that prepare the data. The result does not depend on it."""

@@ -1,0 +1,235 @@
+"""From the recipe's ``data:`` section to clean rows, with an account of what went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from hf_distill.data.clean import CHANGES, REASONS, examine
+from hf_distill.data.collect import COLUMNS, collect
+from hf_distill.data.config import DataConfig, Format
+from hf_distill.data.dedup import (
+    Indices,
+    Mask,
+    Signatures,
+    column,
+    near_evaluation,
+    near_repeated,
+    repeated,
+)
+from hf_distill.data.overlap import contained
+from hf_distill.data.sketch import Hashes, mix
+from hf_distill.data.sources import hub_id
+from hf_distill.data.table import PreparationTable, Step
+from hf_distill.errors import InputError
+
+
+@dataclass
+class _Part:
+    """The rows of one split that are still in: a table on disk and the indices into it."""
+
+    split: str
+    rows: Dataset
+    indices: Indices
+
+    def values(self, name: str) -> np.ndarray:
+        return column(self.rows, name)[self.indices]
+
+    def keys(self, seed: int) -> Hashes:
+        """Numbers that order the rows at random, by content and seed only."""
+        return mix(self.values("_hash") ^ mix(np.array([seed % 2**64], dtype=np.uint64)))
+
+    def drop(self, mask: Mask) -> int:
+        self.indices = self.indices[~mask]
+        return int(mask.sum())
+
+    def selected(self, name: Format) -> Dataset:
+        return self.rows.select(self.indices).select_columns(list(COLUMNS[name]))
+
+    def step(
+        self,
+        name: str,
+        removed: dict[str, int] | None = None,
+        changed: dict[str, int] | None = None,
+    ) -> Step:
+        characters = int(self.values("_characters").sum())
+        return Step(
+            name,
+            self.split,
+            len(self.indices),
+            characters,
+            removed=removed or {},
+            changed=changed or {},
+        )
+
+
+def clean_rows(
+    config: DataConfig, *, seed: int, work_dir: Path
+) -> tuple[DatasetDict, PreparationTable]:
+    """Collect, repair, filter, set evaluation rows apart, remove what overlaps and repeats.
+
+    seed: decides which rows are held out or sampled
+    work_dir: for Arrow files; a second call with the same settings and files reuses them
+    returns: splits ``train`` and ``eval`` with the columns text, or prompt and completion, or
+        messages; and the account. Neither depends on ``num_proc``.
+    raises: InputError if a file is bad, or no training or evaluation row is left
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    train, name = _part(config, config.train, "train", config.split, work_dir)
+    table = PreparationTable().add(train.step("collect"), _filter(train))
+    places, split = _evaluation(config)
+    if places is None:
+        evaluation = _hold_out(train, config.eval_fraction, seed)
+        table = table.add(train.step("hold out"))
+    else:
+        evaluation, other = _part(config, places, "eval", split, work_dir)
+        if other != name:
+            raise InputError(f"training rows are {name} but evaluation rows are {other}")
+        table = table.add(evaluation.step("collect"), _filter(evaluation))
+    table = table.add(_settle_evaluation(evaluation, config, seed))
+    _require(evaluation, "evaluation", table)
+    if (share := config.clean.eval_overlap) is not None:
+        table = table.add(_remove_overlap(train, evaluation, config, name, share))
+    table = table.add(_remove_repeated(train, config))
+    if config.max_train_rows is not None:
+        table = table.add(_sample(train, config.max_train_rows, seed))
+    _require(train, "training", table)
+    rows = DatasetDict(train=train.selected(name), eval=evaluation.selected(name))
+    return rows, table
+
+
+def text_iterator(rows: Dataset | DatasetDict) -> Iterator[str]:
+    """Every text of the (training) rows, one by one, to train a tokenizer on."""
+    for row in rows["train"] if isinstance(rows, DatasetDict) else rows:
+        for value in row.values():
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from (turn["content"] for turn in value)
+
+
+def require_rows(dataset: Dataset, needed: int, what: str) -> None:
+    """InputError unless there are as many rows as ``what`` (say, "one batch") needs."""
+    if len(dataset) < needed:
+        raise InputError(
+            f"the corpus is too small for {what}: {len(dataset)} of {needed} rows; give more text, "
+            "or lower the batch size or data.max_length"
+        )
+
+
+def check_max_length(max_length: int, positions: int | None, what: str) -> None:
+    """InputError if rows may be longer than ``what`` (say, "the teacher") has positions.
+
+    positions: None where there is no limit
+    """
+    if positions is not None and max_length > positions:
+        raise InputError(
+            f"data.max_length is {max_length}, but {what} has {positions} positions: "
+            f"set data.max_length to at most {positions}"
+        )
+
+
+def _part(
+    config: DataConfig, places: str | list[str], split: str, hub_split: str, work_dir: Path
+) -> tuple[_Part, Format]:
+    rows, name = collect(config, places, hub_split, work_dir)
+    examined = examine(rows, name, config.clean, split, config.num_proc)
+    return _Part(split, examined, np.arange(len(examined))), name
+
+
+def _evaluation(config: DataConfig) -> tuple[str | list[str] | None, str]:
+    """Where evaluation rows come from (None: held out), and the split if that is the Hub."""
+    if config.eval is not None:
+        return config.eval, config.eval_split or "validation"
+    if config.eval_split is None:
+        return None, ""
+    places = [config.train] if isinstance(config.train, str) else config.train
+    if hub_id(places) is None:
+        raise InputError(
+            "data.eval_split names a split of a Hub data set, but data.train is local: "
+            "give files as data.eval"
+        )
+    return config.train, config.eval_split
+
+
+def _filter(part: _Part) -> Step:
+    reasons = part.values("_reason")
+    removed = {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code}
+    part.drop(reasons != 0)
+    changed = {what: int(part.values(name).sum()) for name, what in CHANGES.items()}
+    return part.step("clean", removed, changed)
+
+
+def _hold_out(train: _Part, fraction: float, seed: int) -> _Part:
+    """The rows of the smallest keys move to evaluation: equal rows have equal keys."""
+    keys = train.keys(seed)
+    if not len(keys):
+        raise InputError("no row is left after cleaning: check data.clean and the files")
+    distinct = np.unique(keys)
+    held = keys <= distinct[max(1, round(fraction * len(distinct))) - 1]
+    evaluation = _Part("eval", train.rows, train.indices[held])
+    train.drop(held)
+    return evaluation
+
+
+def _settle_evaluation(part: _Part, config: DataConfig, seed: int) -> Step:
+    """Evaluation rows only lose exact duplicates; near-duplicates of each other stay."""
+    removed = {}
+    if config.clean.exact_duplicates:
+        removed["equal to an earlier row"] = part.drop(repeated(part.values("_hash")))
+    if config.max_eval_rows is not None:
+        removed |= _sample(part, config.max_eval_rows, seed).removed
+    return part.step("evaluation rows", removed)
+
+
+def _remove_overlap(
+    train: _Part, evaluation: _Part, config: DataConfig, name: Format, share: float
+) -> Step:
+    equal = train.drop(np.isin(train.values("_hash"), evaluation.values("_hash")))
+    near = 0
+    if (threshold := config.clean.near_duplicates) is not None:
+        count = len(evaluation.indices)
+        signatures = Signatures((evaluation.rows, evaluation.indices), (train.rows, train.indices))
+        near = train.drop(near_evaluation(signatures, count, threshold)[count:])
+    rows, held = train.selected(name), evaluation.selected(name)
+    inside = train.drop(contained(rows, held, name, share, config.num_proc))
+    removed = {
+        "equal to an evaluation row": equal,
+        "near-duplicates of an evaluation row": near,
+        "sharing text with an evaluation row": inside,
+    }
+    return train.step("evaluation overlap", removed)
+
+
+def _remove_repeated(train: _Part, config: DataConfig) -> Step:
+    removed = {}
+    if config.clean.exact_duplicates:
+        removed["equal to an earlier row"] = train.drop(repeated(train.values("_hash")))
+    if (threshold := config.clean.near_duplicates) is not None:
+        signatures = Signatures((train.rows, train.indices))
+        removed["near-duplicates of an earlier row"] = train.drop(
+            near_repeated(signatures, threshold)
+        )
+    return train.step("deduplicate", removed)
+
+
+def _sample(part: _Part, most: int, seed: int) -> Step:
+    gone = np.ones(len(part.indices), dtype=bool)
+    gone[np.argsort(part.keys(seed), kind="stable")[:most]] = False
+    return part.step("sample", {"not sampled": part.drop(gone)})
+
+
+def _require(part: _Part, what: str, table: PreparationTable) -> None:
+    if len(part.indices):
+        return
+    reasons: dict[str, int] = {}
+    for step in table.steps:
+        if step.split == part.split:
+            for reason, count in step.removed.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none were given"
+    raise InputError(f"no {what} rows are left ({why}): give more text or loosen data.clean")

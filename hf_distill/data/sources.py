@@ -1,0 +1,109 @@
+"""From the words of a recipe (files, globs, folders) to a list of files."""
+
+from __future__ import annotations
+
+import glob
+import re
+import sysconfig
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hf_distill.errors import InputError
+
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+_KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_TEXT = (".txt", ".text", ".md", ".rst", ".py")
+
+
+def kind_of(path: Path) -> str:
+    """How ``datasets`` reads the file: json, csv, tsv, parquet, or text for anything else."""
+    return _KINDS.get(_inner_suffix(path), "text")
+
+
+def expand(place: str) -> str:
+    """The place with ``{stdlib}`` and ``~`` filled in."""
+    filled = place.replace("{stdlib}", sysconfig.get_path("stdlib"))
+    return str(Path(filled).expanduser())
+
+
+def hub_id(places: Sequence[str]) -> str | None:
+    """The one place, if it can only be the id of a Hub data set; else None.
+
+    An id is ``name`` or ``owner/name``, is not there as a file and has no suffix of a data file.
+    """
+    if len(places) != 1:
+        return None
+    place = places[0]
+    if not _HUB_ID.fullmatch(place) or Path(place).exists():
+        return None
+    suffix = _inner_suffix(Path(place))
+    return None if suffix in _KINDS or suffix in _TEXT else place
+
+
+def find_files(places: Iterable[str], exclude: Iterable[str]) -> list[Path]:
+    """The files of all places, each once, in order of place and name, without empty ones.
+
+    raises: InputError for a place that gives no file, or a file named outright that is empty
+    """
+    patterns = [_anywhere(expand(pattern)) for pattern in exclude]
+    found: dict[Path, None] = {}
+    for place in places:
+        path = Path(expand(place))
+        files = [file for file in _candidates(path) if not _excluded(file, patterns)]
+        if not files:
+            raise InputError(_nothing(place, path))
+        filled = [file for file in files if file.stat().st_size]
+        if not filled:
+            what = "is empty" if path.is_file() else "matches only empty files"
+            raise InputError(f"{place!r} {what}: give files with text in them")
+        found.update(dict.fromkeys(filled))
+    return list(found)
+
+
+def _candidates(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = (Path(name) for name in glob.glob(f"{glob.escape(str(path))}/**", recursive=True))
+        return sorted(file for file in inside if file.is_file() and _is_data(file))
+    return sorted(
+        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
+    )
+
+
+def _nothing(place: str, path: Path) -> str:
+    if path.is_dir():
+        return f"folder {place!r} holds no data file (txt, jsonl, csv, parquet, ...) to read"
+    if path.is_file():
+        return f"{place!r} is also in data.exclude: nothing is left of it"
+    if glob.has_magic(str(path)):
+        return f"{place!r} matches no file: check the pattern, the folder and data.exclude"
+    return f"{place!r} does not exist: give a file, a glob, a folder or a Hub data set id"
+
+
+def _is_data(path: Path) -> bool:
+    suffix = _inner_suffix(path)
+    return suffix in _KINDS or suffix in _TEXT
+
+
+def _inner_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def _anywhere(pattern: str) -> str:
+    return pattern if pattern.startswith(("/", "*")) else f"*/{pattern}"
+
+
+def _excluded(file: Path, patterns: Sequence[str]) -> bool:
+    name = file.absolute().as_posix()
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,267 @@
+"""Text rows to token ids, and labels that say which tokens are to be learnt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jinja2
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.clean import iterate
+from hf_distill.data.collect import COLUMNS
+from hf_distill.data.config import DataConfig, Format
+from hf_distill.data.dedup import column
+from hf_distill.data.pack import pack
+from hf_distill.data.table import PreparationTable, Step
+from hf_distill.errors import InputError
+from hf_distill.targets import IGNORE
+
+VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
+_UNLIMITED = 10**9  # tokenizers without a limit report an astronomic one
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_WHOLE, _CUT, _DROPPED = 0, 1, 2
+
+Annotated = tuple[list[int], list[int]]  # ids and labels of one row
+FEATURES = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+_NOTES = {"_state": Value("uint8"), "_tokens": Value("int32"), "_targets": Value("int32")}
+
+
+def tokenize_rows(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    table: PreparationTable,
+) -> tuple[DatasetDict, PreparationTable]:
+    """Token ids and labels, at most ``config.max_length`` a row, packed if the config says so.
+
+    rows: as ``clean_rows`` returns them; table: its account, which is continued
+    returns: splits with ``input_ids`` and ``labels`` (int32, unpadded; ``IGNORE`` where nothing is
+        to be learnt), and ``position_ids`` where packed documents must not see each other
+    raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
+    """
+    name = _format(rows)
+    _check(tokenizer, config, name)
+    splits: dict[str, Dataset] = {}
+    for split, part in rows.items():
+        annotated, step = _annotated(part, split, tokenizer, config, name)
+        table = table.add(step)
+        if not len(annotated):
+            raise InputError(
+                f"no {split} row has a target within data.max_length={config.max_length} tokens: "
+                "raise it or give other rows"
+            )
+        if config.packing:
+            within = config.packing_attention == "within" or (
+                config.packing_attention == "auto" and name != "text"
+            )
+            annotated, step = pack(
+                annotated, split, config.max_length, whole=name != "text", within=within
+            )
+            table = table.add(step)
+        splits[split] = annotated
+    return DatasetDict(splits), table
+
+
+def annotate(
+    batch: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: Format,
+    separator: str = "\n",
+) -> list[Annotated]:
+    """Ids and labels of every row of a batch, whole: as long as they come.
+
+    text: all tokens are learnt, the end-of-text token after each document too
+    prompt_completion: the completion and the end-of-text token after it; the ids of the prompt
+        alone are an exact prefix, as in generation
+    chat: the assistant's turns, as far as the template marks them (``{% generation %}``), else
+        from the generation prompt to the end of the turn
+    raises: InputError for a chat template that neither marks them nor grows by appending
+    """
+    if name == "chat":
+        marked = bool(_GENERATION.search(_template(tokenizer)))
+        chat = _marked_chat if marked else _prefix_chat
+        return [chat(tokenizer, messages) for messages in batch["messages"]]
+    prefix, end = _prefix(tokenizer), [tokenizer.eos_token_id]
+    if name == "text":
+        whole = [prefix + ids + end for ids in _ids(tokenizer, batch["text"])]
+        return [(ids, list(ids)) for ids in whole]
+    rows = iterate(batch)
+    prompts = [row["prompt"] + _glue(row["prompt"], row["completion"], separator) for row in rows]
+    joint = _ids(
+        tokenizer, [prompt + row["completion"] for prompt, row in zip(prompts, rows, strict=True)]
+    )
+    annotated = []
+    for prompt, both, row in zip(_ids(tokenizer, prompts), joint, rows, strict=True):
+        if both[: len(prompt)] != prompt:  # a token straddles the border
+            both = prompt + _ids(tokenizer, [row["completion"]])[0]
+        start = len(prefix) + len(prompt)
+        ids = prefix + both + end
+        annotated.append((ids, [IGNORE] * start + ids[start:]))
+    return annotated
+
+
+def _annotated(
+    rows: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, name: Format
+) -> tuple[Dataset, Step]:
+    settings = {"name": name, "separator": config.separator, "max_length": config.max_length}
+    noted = rows.map(
+        _annotate_batch,
+        batched=True,
+        batch_size=200,
+        fn_kwargs={
+            **settings,
+            "tokenizer": tokenizer,
+            "packing": config.packing,
+            "version": VERSION,
+        },
+        remove_columns=rows.column_names,
+        features=Features(FEATURES | _NOTES),
+        num_proc=config.num_proc,
+        desc=f"tokenize {split}",
+    )
+    state = column(noted, "_state")
+    keep = state != _DROPPED
+    step = Step(
+        "tokenize",
+        split,
+        rows=int(keep.sum()),
+        tokens=int(column(noted, "_tokens")[keep].sum()),
+        targets=int(column(noted, "_targets")[keep].sum()),
+        removed={"without a target within max_length": int((~keep).sum())},
+        changed={
+            "windows of longer rows" if name == "text" else "cut at max_length": int(
+                (state == _CUT).sum()
+            )
+        },
+    )
+    kept = noted if keep.all() else noted.select(np.flatnonzero(keep))
+    return kept.remove_columns(list(_NOTES)), step
+
+
+def _annotate_batch(
+    batch: Mapping[str, Sequence[Any]],
+    name: Format,
+    separator: str,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    packing: bool,
+    version: int,
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {key: [] for key in (*FEATURES, *_NOTES)}
+    for ids, labels in annotate(batch, tokenizer, name, separator):
+        # Long text goes on in further windows (packing cuts it itself); of other rows the end goes.
+        length = len(ids) if name == "text" and packing else max_length
+        starts = range(0, len(ids), length) if name == "text" else (0,)
+        for start in starts:
+            window = slice(start, start + length)
+            targets = sum(label != IGNORE for label in labels[window][1:])
+            columns["input_ids"].append(ids[window])
+            columns["labels"].append(labels[window])
+            columns["_state"].append(
+                _DROPPED if not targets else _CUT if len(ids) > length else _WHOLE
+            )
+            columns["_tokens"].append(len(ids[window]))
+            columns["_targets"].append(targets)
+    return columns
+
+
+def _format(rows: DatasetDict) -> Format:
+    columns = set(rows["train"].column_names)
+    for name, wanted in COLUMNS.items():
+        if set(wanted) <= columns:
+            return name
+    raise InputError(f"rows with the columns {sorted(columns)} cannot be tokenized: use clean_rows")
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, config: DataConfig, name: Format) -> None:
+    if name == "chat":
+        _template(tokenizer)
+    elif tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token, so documents cannot end: set one")
+    limit = tokenizer.model_max_length
+    if config.max_length > limit and limit < _UNLIMITED:
+        raise InputError(
+            f"data.max_length is {config.max_length}, but the tokenizer's model takes {limit} "
+            f"tokens: set data.max_length to at most {limit}"
+        )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text of its own accord, such as ``<s>``."""
+    plain = _ids(tokenizer, ["a"])[0]
+    dressed = tokenizer("a")["input_ids"]
+    for start in range(len(dressed) - len(plain) + 1):
+        if dressed[start : start + len(plain)] == plain:
+            return dressed[:start]
+    return []
+
+
+def _glue(prompt: str, completion: str, separator: str) -> str:
+    spaced = not prompt or prompt[-1].isspace() or completion[:1].isspace()
+    return "" if spaced else separator
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(
+            "the rows are chat, but the tokenizer has no chat template: use a chat model's "
+            "tokenizer, or set tokenizer.chat_template"
+        ) from error
+
+
+def _marked_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
+    encoded = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    ids = encoded["input_ids"]
+    pairs = zip(ids, encoded["assistant_masks"], strict=True)
+    return ids, [token if learnt else IGNORE for token, learnt in pairs]
+
+
+def _prefix_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
+    ids = _render(tokenizer, messages)["input_ids"]
+    labels = [IGNORE] * len(ids)
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:place], add_generation_prompt=True)["input_ids"]
+        after = _render(tokenizer, messages[: place + 1])["input_ids"]
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise InputError(
+                "the chat template does not mark the assistant's tokens, and its first "
+                f"{place + 1} messages are not a prefix of all {len(messages)}, so they cannot be "
+                "found: use a template with {% generation %} around the assistant's turns"
+            )
+        labels[len(before) : len(after)] = ids[len(before) : len(after)]
+    return ids, labels
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any
+) -> dict[str, Any]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+            **options,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages) or "nothing"
+        raise InputError(
+            f"the chat template refuses a conversation of {roles} ({error}): "
+            "mend or leave out such rows"
+        ) from error
+    return cast(dict[str, Any], encoded)

@@ -1,0 +1,1 @@
+"""The figures of an evaluation, as `evaluate` metrics that need no network."""

@@ -1,0 +1,23 @@
+"""Recipes: one YAML file, read into typed objects."""
+
+from hf_distill.recipe.keys import keys
+from hf_distill.recipe.reading import dump_recipe, load_recipe, parse_recipe
+from hf_distill.recipe.schema import (
+    PretrainSection,
+    Recipe,
+    StudentSection,
+    TrainSection,
+    arguments,
+)
+
+__all__ = [
+    "PretrainSection",
+    "Recipe",
+    "StudentSection",
+    "TrainSection",
+    "arguments",
+    "dump_recipe",
+    "keys",
+    "load_recipe",
+    "parse_recipe",
+]
