@@ -1,16 +1,37 @@
-"""From raw text to an evaluated student, stage by stage.
+"""From raw text to an evaluated, documented student: what `hf-distill run` does, to be read.
 
     accelerate launch recipes/distill.py recipes/gpt2.yaml --set train.max_steps=100
 
-is `hf-distill run` on as many processes as accelerate starts.
+on as many processes as accelerate starts. Copy it to add a step of your own. Every stage is skipped
+if nothing that decides its result has changed, and goes on where it was interrupted.
 """
 
-import sys
+import typer
 
-from hf_distill.cli import main
+from hf_distill.cli import Debug, Overrides, RecipeFile, guarded
+from hf_distill.recipe import load_recipe
+from hf_distill.stages import (
+    baseline,
+    evaluate,
+    open_run,
+    prepare,
+    report,
+    student,
+    teacher,
+    train,
+)
 
-# prepare -> teacher -> student -> baseline -> train -> evaluate -> report:
-# `hf_distill.stages.stages_of` lists them, and each is one short function beside it.
+
+def main(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    with guarded(debug), open_run(load_recipe(recipe, set_ or ()), recipe) as run:
+        prepare(run)  # raw text -> clean, tokenized, packed rows, and the tokenizer
+        teacher(run)  # trained from scratch, unless the recipe names one
+        student(run)  # from a config, a checkpoint, or layers of the teacher
+        baseline(run)  # the same student trained on the labels alone
+        train(run)  # the distillation
+        evaluate(run)  # all of them on held-out rows, beside the teacher
+        report(run)  # report.html, and the student's model card
+
+
 if __name__ == "__main__":
-    sys.argv.insert(1, "run")
-    main()
+    typer.run(main)

@@ -68,6 +68,7 @@ RESERVED = {
 # How a training inside a recipe differs from a bare Trainer. Steps below 1 are shares of the run.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
+    "disable_tqdm": False,
     "bf16": "auto",
     "logging_steps": 0.01,
     "eval_strategy": "steps",

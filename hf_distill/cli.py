@@ -1,0 +1,207 @@
+"""The command line: `hf-distill run | evaluate | report | publish`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+
+from hf_distill import __version__
+from hf_distill.errors import InputError
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder, as runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.alpha=0.9."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+app = typer.Typer(
+    help="Make a small language model from a large one, and see what was gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda wanted: _print_version(wanted),
+            is_eager=True,
+            help="Show the version.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Run a recipe: prepare, teacher, student, baseline, train, evaluate, report.
+
+    Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
+    whole checkpoint. All results are in the run folder, output_dir/name.
+
+    \b
+    hf-distill run recipes/quickstart.yaml
+    hf-distill run recipes/quickstart.yaml --set name=lora --set student.lora.r=8
+    hf-distill run recipes/gpt2.yaml --set train.max_steps=100 --set "data.train=my/*.txt"
+    accelerate launch --num_processes 2 recipes/distill.py recipes/quickstart.yaml
+    """
+    with guarded(debug):
+        from hf_distill.recipe import load_recipe
+        from hf_distill.stages import STAGES, open_run
+
+        with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+            for stage in STAGES:
+                stage(this_run)
+
+
+@app.command()
+def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Measure the models of a finished run again, and write its report again.
+
+    For another machine, or other settings of the recipe's `evaluate` section. Nothing is trained:
+    a run whose models are not up to date is refused.
+
+    \b
+    hf-distill evaluate recipes/quickstart.yaml --set evaluate.prompts=8
+    """
+    with guarded(debug):
+        from hf_distill.recipe import load_recipe
+        from hf_distill.stages import measure_again, open_run
+
+        with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+            measure_again(this_run)
+
+
+@app.command()
+def report(folder: Folder, debug: Debug = False) -> None:
+    """Write the report.html of a run folder again, from the files in it.
+
+    \b
+    hf-distill report runs/quickstart
+    """
+    with guarded(debug):
+        from hf_distill.report import write_report
+
+        typer.echo(write_report(folder))
+
+
+@app.command()
+def publish(
+    folder: Folder,
+    repo_id: Annotated[
+        str | None, typer.Argument(help="owner/name on the Hub; by default the recipe's.")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; by default the recipe's."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Push a run's student to the Hub: weights, tokenizer, card, and nothing pickled.
+
+    \b
+    hf-distill publish runs/quickstart my-name/tiny-python --public
+    """
+    with guarded(debug):
+        from hf_distill.hub import publish as push
+        from hf_distill.stages.folder import recipe_of
+
+        section = recipe_of(folder).publish
+        target = repo_id or section.repo_id
+        if target is None:
+            raise InputError(
+                "where to publish is not said: give owner/name after the folder, or set "
+                "publish.repo_id in the recipe"
+            )
+        hidden = section.private if private is None else private
+        typer.echo(push(folder / "student", target, private=hidden))
+
+
+@contextmanager
+def guarded(debug: bool = False) -> Iterator[None]:
+    """Errors as one line: exit code 2 for what the user can mend, 1 for what we should."""
+    quiet()
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, Exception) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        _fail(error)
+    # DeepSpeed on the CPU aborts at exit if its process group is left open.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def quiet() -> None:
+    """A run prints a line per stage and progress bars; what libraries chat about is left out."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and writing weights
+    datasets.logging.set_verbosity_error()
+    for name in ("torch.distributed", "huggingface_hub", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|deepspeed|peft)\b")
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Say it once and leave. Of several processes that fail alike, the first one speaks."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # The launcher ends this process as soon as the first one has ended with the same error.
+        time.sleep(5)
+    where = f" (process {rank})" if rank else ""
+    message, code = _described(error)
+    typer.echo(f"error{where}: {message}", err=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # No clean-up: what waits for the other processes would wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def _described(error: BaseException) -> tuple[str, int]:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text, 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from here", 130
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-distill {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of `hf-distill`."""
+    app(prog_name="hf-distill")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The run folder: claimed by one run of one recipe at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hf_distill.errors import InputError
+from hf_distill.recipe import Recipe, dump_recipe, parse_recipe
+from hf_distill.stages.engine import Run, read_json, remove, write_whole
+from hf_distill.stages.inputs import check_arguments
+
+LOCK = ".lock"
+
+
+@contextmanager
+def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
+    """The run of a recipe, its folder locked against a second run, the resolved recipe in it.
+
+    source: the recipe's file, by which a later run knows that the folder is its own
+    raises: InputError if the folder is another recipe's, holds something else, or is in use. A
+        folder that was made for nothing, because the first stage found bad input, is removed.
+    """
+    run = Run(recipe)
+    assert run.state  # first, so that its patience is the process group's
+    check_arguments(recipe)
+    lock = FileLock(run.folder / LOCK)
+    is_new = run.from_main(lambda: _claim(run, Path(source), lock))
+    try:
+        yield run
+    except InputError:
+        if run.state.is_main_process and is_new and not _has_results(run.folder):
+            remove(run.folder)
+        raise
+    finally:
+        lock.release()
+
+
+def _claim(run: Run, source: Path, lock: FileLock) -> bool:
+    """Take the folder; returns whether there was nothing in it."""
+    folder = run.folder
+    try:
+        present = {path.name for path in folder.iterdir()} - {LOCK}
+    except FileNotFoundError:
+        present = set()
+    except NotADirectoryError:
+        raise InputError(f"{str(folder)!r} is a file, so no run can be kept there") from None
+    if present and "recipe.yaml" not in present:
+        raise InputError(
+            f"{str(folder)!r} is no run folder, but has files in it: "
+            "change 'name' or 'output_dir', or empty it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another run is using {str(folder)!r}: wait for it, or change 'name'"
+        ) from None
+    text = dump_recipe(run.recipe)
+    # Relative to the folder, so that both may be moved together.
+    origin = {"recipe": os.path.relpath(source.resolve(), folder.resolve())}
+    _refuse_another(folder, text, origin)
+    (folder / "work").mkdir(exist_ok=True)
+    write_whole(folder / "work" / "run.json", json.dumps(origin))
+    write_whole(folder / "recipe.yaml", text)
+    return not present
+
+
+def _refuse_another(folder: Path, text: str, origin: dict[str, str]) -> None:
+    """InputError where the folder holds a run of another file that says other things."""
+    kept = folder / "recipe.yaml"
+    earlier = read_json(folder / "work" / "run.json") or origin
+    if kept.exists() and earlier != origin and kept.read_text(encoding="utf-8") != text:
+        raise InputError(
+            f"{str(folder)!r} holds a run of another recipe ({earlier['recipe']} from there): "
+            "change 'name' or 'output_dir', or remove that folder"
+        )
+
+
+def _has_results(folder: Path) -> bool:
+    """Has any stage left a stamp, or a training a checkpoint?"""
+    stamps = set((folder / "work").glob("*.json")) - {folder / "work" / "run.json"}
+    return bool(stamps) or any((folder / "work").glob("*/checkpoints/checkpoint-*"))
+
+
+def recipe_of(folder: str | Path) -> Recipe:
+    """The recipe of a run folder, as it was resolved."""
+    path = Path(folder) / "recipe.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{str(folder)!r} is no run folder, since it has no recipe.yaml: give one that "
+            "`hf-distill run` has made, as in runs/quickstart"
+        )
+    return parse_recipe(path.read_text(encoding="utf-8"))

@@ -1,0 +1,169 @@
+"""Stages `evaluate` and `report`: what was gained, in figures and for people to look at."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from hf_distill.card import CardFacts, write_card
+from hf_distill.comparison import compare, results_table
+from hf_distill.data import collator
+from hf_distill.evaluation import continuations, evaluate_student
+from hf_distill.recipe import Recipe
+from hf_distill.report import names, write_report
+from hf_distill.stages.engine import Run, read_json
+from hf_distill.stages.models import (
+    rows_of,
+    student_initial,
+    teacher_of,
+    teacher_tokenizer_of,
+    tokenizer_of,
+    trained,
+)
+from hf_distill.targets import IGNORE
+from hf_distill.vocabulary import head_rows, shared_vocabulary
+
+PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate")
+
+
+def measure(run: Run, result: Path) -> None:
+    """`metrics.json`: every model of the run beside the teacher, on the held-out rows."""
+    section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
+    prompts = [_prompt(rows[i], section.prompt_tokens) for i in _spread(rows, section.prompts)]
+    accelerator, teacher = Accelerator(), teacher_of(run)
+    figures: dict[str, dict[str, float]] = {}
+    shown: list[dict[str, str]] = [{} for _ in prompts]
+    for role, model in _models(run, teacher):
+        run.say(f"  {role}")
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        figures[role] = evaluate_student(
+            model,
+            teacher,
+            rows,
+            tokenizer,
+            batch_size=section.batch_size,
+            data_collator=collator(tokenizer),
+            shared_vocabulary=shared_vocabulary(
+                head_rows(base), head_rows(teacher), tokenizer, teacher_tokenizer_of(run)
+            ),
+            accelerator=accelerator,
+            speed=section.speed,
+        )
+        seconds = read_json(run.folder / role / "train_seconds.json")
+        if seconds is not None and role != "teacher":
+            figures[role]["train_seconds"] = seconds
+        if role != "initial" and run.state.is_main_process:
+            texts = continuations(
+                {role: model}, prompts, tokenizer, max_new_tokens=section.max_new_tokens
+            )
+            shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
+        run.state.wait_for_everyone()
+    if run.state.is_main_process:
+        comparison = compare(figures)
+        run.show(results_table(figures, comparison))
+        facts = {"comparison": comparison, "continuations": shown, **_circumstances(run)}
+        result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
+
+
+def write_report_and_card(run: Run, result: Path) -> None:
+    """`report.html`, and the student's `README.md`."""
+    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    write_card(run.folder / "student", _facts(run, metrics))
+    write_report(run.folder).rename(result)
+    run.say(f"  {run.folder / 'report.html'}")
+
+
+def _models(run: Run, teacher: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Each model of the run, one at a time beside the teacher, so that memory holds two."""
+    yield "teacher", teacher
+    yield "initial", student_initial(run)
+    for role in ("baseline", "student") if run.recipe.baseline else ("student",):
+        gc.collect()
+        yield role, trained(run, role)
+
+
+def _prompt(row: dict[str, Any], most: int) -> list[int]:
+    """The row up to what is to be learnt; of plain text, which is learnt whole, its beginning."""
+    ids, labels = row["input_ids"], row["labels"]
+    learnt = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
+    return ids[:learnt] if learnt > 1 else ids[:most]
+
+
+def _spread(rows: Dataset, number: int) -> list[int]:
+    """Indices of a few rows, evenly over the set."""
+    number = min(number, len(rows))
+    return [i * len(rows) // number for i in range(number)]
+
+
+def _circumstances(run: Run) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    machine = {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "accelerator": torch.cuda.get_device_name() if cuda else "none",
+        "processes": run.state.num_processes,
+    }
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"machine": machine, "versions": versions, "seed": run.recipe.seed}
+
+
+def _processor() -> str:
+    """The processor's name as people know it, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
+    recipe = run.recipe
+    told = recipe.resolved()
+    teacher, student = names(told)
+    lora = recipe.student.lora is not None
+    return CardFacts(
+        model_name=recipe.name,
+        teacher=recipe.teacher.model or teacher,
+        initial_from=recipe.student.model or student,
+        dataset=recipe.data.train,
+        objective=_objective(told["train"]),
+        metrics=metrics,
+        training={"seed": recipe.seed} | _training(recipe, told["train"]),
+        versions=metrics["versions"],
+        repo_id=recipe.publish.repo_id,
+        adapter=lora,
+    )
+
+
+def _objective(train: dict[str, Any]) -> dict[str, Any]:
+    parameter = {"jsd": ["beta"]}.get(
+        train["divergence"], ["skew"] if train["divergence"].startswith("skew_") else []
+    )
+    return {name: train[name] for name in ("alpha", "temperature", "divergence", *parameter)}
+
+
+def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe itself says of the training."""
+    told = (
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+        "lr_scheduler_type",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    )
+    found = {name: train[name] for name in told if name in train}
+    return {**found, "tokens per row at most": recipe.data.max_length}

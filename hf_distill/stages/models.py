@@ -1,0 +1,96 @@
+"""Stage `student`, and the models of a run: made, loaded and adapted as its recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_distill.data import check_max_length
+from hf_distill.pretrained import load_model, load_tokenizer
+from hf_distill.pretraining import max_positions, model_from_config
+from hf_distill.stages.engine import Run
+from hf_distill.students import student_from_teacher
+
+
+def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """The tokenizer that the rows were made with."""
+    return load_tokenizer(run.folder / "data" / "tokenizer", "student")
+
+
+def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """The teacher's own, to be compared with the student's."""
+    name = run.recipe.teacher.model
+    return tokenizer_of(run) if name is None else load_tokenizer(name, "teacher")
+
+
+def rows_of(run: Run, split: str) -> Dataset:
+    """The tokenized rows of "train" or "eval"."""
+    return load_from_disk(str(run.folder / "data" / split))
+
+
+def teacher_of(run: Run) -> PreTrainedModel:
+    """The teacher of the recipe, or the one that this run has trained."""
+    section = run.recipe.teacher
+    if section.model is None:
+        return load_model(run.folder / "teacher", "teacher")
+    model = load_model(section.model, "teacher", **section.model_kwargs)
+    check_max_length(run.recipe.data.max_length, max_positions(model.config), "the teacher")
+    return model
+
+
+def new_model(run: Run, config: dict[str, Any]) -> PreTrainedModel:
+    """Random weights, the same for the same seed."""
+    recipe = run.recipe
+    return model_from_config(
+        config, tokenizer_of(run), seed=recipe.seed, max_length=recipe.data.max_length
+    )
+
+
+def make_student(run: Run, result: Path) -> None:
+    """`student_initial/`: the student before training, without adapters."""
+    model = _new_student(run)
+    model.save_pretrained(result)
+    tokenizer_of(run).save_pretrained(result)
+
+
+def student_initial(run: Run) -> PreTrainedModel:
+    """What `make_student` saved, in float32 unless the recipe says otherwise."""
+    kwargs = run.recipe.student.model_kwargs
+    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "attn_implementation")}
+    return load_model(run.folder / "student_initial", "student", **({"dtype": "float32"} | kept))
+
+
+def _new_student(run: Run) -> PreTrainedModel:
+    section = run.recipe.student
+    if section.config is not None:
+        return new_model(run, section.config)
+    if section.layers is not None:
+        return student_from_teacher(teacher_of(run), section.layers, num_layers=section.num_layers)
+    assert section.model is not None
+    model = load_model(section.model, "student", **({"dtype": "float32"} | section.model_kwargs))
+    check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
+    return model
+
+
+def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
+    """The initial student, with fresh adapters where the recipe asks for LoRA."""
+    model = student_initial(run)
+    lora = run.recipe.student.lora
+    if lora is None:
+        return model
+    options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout"})
+    options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    set_seed(run.recipe.seed)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def trained(run: Run, role: str) -> PreTrainedModel | PeftModel:
+    """A finished `baseline` or `student`, from its folder."""
+    folder = run.folder / role
+    if not (folder / "adapter_config.json").exists():
+        return load_model(folder, role)
+    return PeftModel.from_pretrained(student_initial(run), folder)

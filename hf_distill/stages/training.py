@@ -1,0 +1,123 @@
+"""Stages `teacher`, `baseline` and `train`: one training, with other teachers and other weights."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
+
+from hf_distill.checkpoints import last_complete_checkpoint
+from hf_distill.data import collator, require_rows
+from hf_distill.recipe import PretrainSection, arguments
+from hf_distill.stages.engine import Run
+from hf_distill.stages.inputs import training_arguments
+from hf_distill.stages.models import (
+    new_model,
+    rows_of,
+    student_to_train,
+    teacher_of,
+    teacher_tokenizer_of,
+    tokenizer_of,
+)
+from hf_distill.trainer import DistillationTrainer
+
+
+def train_teacher(run: Run, result: Path) -> None:
+    """`teacher/`: a model of the recipe's config, trained from random weights on the rows."""
+    section = run.recipe.teacher
+    assert section.config is not None
+    options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
+    _train(run, result, new_model(run, section.config), None, options)
+
+
+def train_baseline(run: Run, result: Path) -> None:
+    """`baseline/`: the student's training with cross-entropy only, all else equal."""
+    options = arguments(run.recipe.train) | {"alpha": 0.0}
+    # With alpha 0 the teacher is only asked in evaluations, for the curve of the divergence.
+    _train(run, result, student_to_train(run), teacher_of(run), options)
+
+
+def distil(run: Run, result: Path) -> None:
+    """`student/`: the distillation itself."""
+    _train(run, result, student_to_train(run), teacher_of(run), arguments(run.recipe.train))
+
+
+def _train(
+    run: Run,
+    result: Path,
+    model: Any,
+    teacher_model: PreTrainedModel | None,
+    options: dict[str, Any],
+) -> None:
+    """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
+    recipe, tokenizer = run.recipe, tokenizer_of(run)
+    checkpoints = result.parent / "checkpoints"
+    set_seed(recipe.seed)
+    args = training_arguments(recipe, options, checkpoints)
+    rows = rows_of(run, "train")
+    require_rows(rows, args.train_batch_size * args.world_size, "one batch")
+    clock = Clock()
+    trainer = DistillationTrainer(
+        model,
+        teacher_model,
+        args,
+        teacher_tokenizer=teacher_tokenizer_of(run) if teacher_model is not None else None,
+        train_dataset=rows,
+        eval_dataset=rows_of(run, "eval"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        callbacks=[clock],
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    resume = last_complete_checkpoint(checkpoints)
+    if resume:
+        run.say(f"  resuming from {Path(resume).name}")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(result))
+    if trainer.is_world_process_zero():
+        (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
+        (result / "train_seconds.json").write_text(json.dumps(round(clock.seconds, 2)))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    # The next training sets up its own engine (DeepSpeed keeps the first one's settings).
+    AcceleratorState._reset_state()
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bar, with the last loss beside it instead of a dictionary a line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds spent in steps, so without evaluations and checkpoints, kept over interruptions.
+
+    The figure travels in each checkpoint's `trainer_state.json`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__) or self.state()
+        self.seconds = kept["attributes"]["seconds"] if state.global_step else 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
