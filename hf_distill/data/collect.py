@@ -94,7 +94,8 @@ def _typed(rows: Dataset, name: Format, where: str) -> Dataset:
                 "name the column that holds the text"
             )
     # Files may disagree between string and large_string; they must agree to be concatenated.
-    return rows.cast(Features({column: Value("string") for column in columns}))
+    wanted = Features({column: Value("string") for column in columns})
+    return rows if rows.features == wanted else rows.cast(wanted)
 
 
 def _from_files(kind: str, files: list[Path], config: DataConfig, work_dir: Path) -> Dataset:

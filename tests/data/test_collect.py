@@ -3,6 +3,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import logging
 import lzma
 from pathlib import Path
 from typing import Any
@@ -110,15 +111,28 @@ def test_places(tmp_path: Path) -> None:
     ],
 )
 def test_bad_files_are_named_in_one_line(
-    tmp_path: Path, name: str, content: bytes | None, message: str, capfd: pytest.CaptureFixture
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
     (tmp_path / "good.txt").write_text("fine\n")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        gather(tmp_path, [str(tmp_path / "good.txt"), str(tmp_path / name)])
+    logging.getLogger("datasets").addHandler(handler)
+    try:
+        with pytest.raises(InputError, match=message) as caught:
+            gather(tmp_path, [str(tmp_path / "good.txt"), str(tmp_path / name)])
+    finally:
+        logging.getLogger("datasets").removeHandler(handler)
     assert "\n" not in str(caught.value)
-    assert "rror" not in capfd.readouterr().err
+    assert not records
+
+
+def test_names_with_glob_characters(tmp_path: Path) -> None:
+    (tmp_path / "c[1].txt").write_text("bracketed\n")
+    (tmp_path / "c1.txt").write_text("plain\n")
+    assert gather(tmp_path, str(tmp_path / "c[1].txt"))[0] == [{"text": "bracketed"}]
 
 
 def test_formats_are_not_mixed(tmp_path: Path) -> None:

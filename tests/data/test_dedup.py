@@ -186,6 +186,17 @@ def test_many_evaluation_rows_of_one_text_hide_nothing(tmp_path: Path) -> None:
     assert kept == train[1:]
 
 
+def test_what_evaluation_rows_share_counts_for_each_of_them(tmp_path: Path) -> None:
+    """5/7 of one evaluation row is in the training row, though most of it is in all of them."""
+    rng = random.Random(6)
+    passage = sentence(rng, 60)
+    own = [sentence(rng, 80) for _ in range(10)]
+    train = [" ".join(sentence(rng, 300) + passage + own[7][:40])]
+    train.append(" ".join(sentence(rng, 300) + passage))
+    held = [" ".join(passage + words) for words in own]
+    assert overlap(tmp_path, train, held, near_duplicates=None)[0] == train[1:]
+
+
 def expected_overlap(train: list[str], held: list[str], threshold: float) -> set[int]:
     """The rule by loops over sets of words, without hashes or an index."""
     found = set()
