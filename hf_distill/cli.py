@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import torch
 import typer
+from tqdm import tqdm
 
 from hf_distill import __version__
 from hf_distill.errors import InputError
@@ -158,6 +159,8 @@ def quiet() -> None:
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it is left to guess
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and writing weights
     datasets.logging.set_verbosity_error()
@@ -172,6 +175,8 @@ def _fail(error: BaseException) -> NoReturn:
     if rank:
         # The launcher ends this process as soon as the first one has ended with the same error.
         time.sleep(5)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the message begins a line
     where = f" (process {rank})" if rank else ""
     message, code = _described(error)
     typer.echo(f"error{where}: {message}", err=True)

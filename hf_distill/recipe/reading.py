@@ -54,6 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     values = _read(path)
     values.setdefault("name", path.stem)
+    _replace_source(values, overrides)
     for override in overrides:
         _apply(values, override)
     try:
@@ -107,6 +108,18 @@ def _yaml(text: str) -> Any:
 
 def _kind(value: Any) -> str:
     return "empty" if value is None else f"a {type(value).__name__}"
+
+
+# What describes the Hub data set that `data.train` names.
+_OF_THE_SOURCE = ("subset", "split", "eval_split", "revision")
+
+
+def _replace_source(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """A `data.train` from the command line leaves behind what described the file's data set."""
+    if isinstance(values.get("data"), dict) and any(
+        override.partition("=")[0].strip() == "data.train" for override in overrides
+    ):
+        values["data"] = {k: v for k, v in values["data"].items() if k not in _OF_THE_SOURCE}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

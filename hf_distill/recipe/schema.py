@@ -69,6 +69,7 @@ RESERVED = {
 TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": False,
+    "ddp_find_unused_parameters": False,
     "bf16": "auto",
     "logging_steps": 0.01,
     "eval_strategy": "steps",

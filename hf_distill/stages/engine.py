@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from rich.console import Console
@@ -90,7 +91,11 @@ class Run:
         """The processes of this run; made when first asked for, since it may start their group."""
         # The main process may clean and tokenize for long while the others wait for it.
         patience = timedelta(hours=12)
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
+        deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        # Without being told, several processes on CPUs would not know of each other.
+        cpu = not deepspeed and not torch.accelerator.is_available()
+        cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        return PartialState(cpu=cpu, timeout=patience)
 
     def say(self, text: str) -> None:
         """One line to the terminal, once."""

@@ -28,6 +28,7 @@ def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
     """
     run = Run(recipe)
     assert run.state  # first, so that its patience is the process group's
+    _tell_of_missing_processes(run)
     check_arguments(recipe)
     lock = FileLock(run.folder / LOCK)
     is_new = run.from_main(lambda: _claim(run, Path(source), lock))
@@ -39,6 +40,22 @@ def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
         raise
     finally:
         lock.release()
+
+
+def _tell_of_missing_processes(run: Run) -> None:
+    """One line where `accelerate launch --cpu --num_processes 2` has started a single process.
+
+    It sets a port for them to meet at, but without MPI starts no second one, and says nothing.
+    """
+    if (
+        "MASTER_PORT" in os.environ
+        and "WORLD_SIZE" not in os.environ
+        and run.state.num_processes == 1
+    ):
+        run.say(
+            "note: accelerate has started one process, however many were asked for; for several on "
+            "CPUs use `accelerate launch --config_file recipes/accelerate/cpu2.yaml`"
+        )
 
 
 def _claim(run: Run, source: Path, lock: FileLock) -> bool:

@@ -60,9 +60,9 @@ def measure(run: Run, result: Path) -> None:
             accelerator=accelerator,
             speed=section.speed,
         )
-        seconds = read_json(run.folder / role / "train_seconds.json")
-        if seconds is not None and role != "teacher":
-            figures[role]["train_seconds"] = seconds
+        if role in ("baseline", "student"):
+            training = read_json(run.folder / role / "training.json")
+            figures[role]["train_seconds"] = training["train_seconds"]
         if role != "initial" and run.state.is_main_process:
             texts = continuations(
                 {role: model}, prompts, tokenizer, max_new_tokens=section.max_new_tokens

@@ -83,7 +83,9 @@ def _train(
     trainer.save_model(str(result))
     if trainer.is_world_process_zero():
         (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
-        (result / "train_seconds.json").write_text(json.dumps(round(clock.seconds, 2)))
+        engine = trainer.accelerator.distributed_type.value
+        facts = {"train_seconds": round(clock.seconds, 2), "engine": engine}
+        (result / "training.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer
