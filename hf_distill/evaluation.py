@@ -1,47 +1,42 @@
-"""What a model is worth beside its teacher, on held-out rows.
+"""What a model is worth beside its teacher, on held-out rows, and what it costs.
 
-perplexity       exp of the cross-entropy per target, over all ids of the model's head
-bits_per_byte    the same in bits per byte of the text that the targets cover
-kl_to_teacher    KL(teacher || model) per target, nats, at temperature 1, over shared ids
-top1_agreement   share of targets where both have the same most likely token
-calibration_error, parameters, size_mb, prefill and decode speed, peak memory
+Quality comes from sums by row (`hf_distill.metrics`), gathered over all processes, so that no
+figure depends on the batch size or on the number of processes. Speed and memory are measured on
+the main process alone, while the others wait.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.divergences import forward_kl
+from hf_distill import measure, vocabulary
+from hf_distill.data import collator
 from hf_distill.errors import InputError
-from hf_distill.measure import size
-from hf_distill.measure import speed as measure_speed
-from hf_distill.metrics.language import (
-    CALIBRATION_BINS,
+from hf_distill.metrics import (
+    BitsPerByte,
     CalibrationError,
-    Likelihood,
+    Perplexity,
+    RowMetric,
     TeacherAgreement,
+    row_sums,
+    text_bytes,
 )
-from hf_distill.objective import sum_by_row
 from hf_distill.targets import IGNORE, position_ids, target_labels
 from hf_distill.teachers import LiveTeacher, Teacher, as_teacher
-from hf_distill.vocabulary import embedding_rows, head_rows
 
-TARGETS_AT_ONCE = 1024
-"""Float32 distributions held at a time: 1024 x 50257 of them take 200 MB."""
-
-LESS_IS_BETTER = ("perplexity", "bits_per_byte", "kl_to_teacher", "calibration_error")
-MORE_IS_BETTER = ("top1_agreement",)
+Batch = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -51,154 +46,200 @@ def evaluate_student(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]],
+    data_collator: Callable[[list[Any]], Batch] | None = None,
     batch_size: int = 8,
     shared_vocabulary: int | None = None,
     accelerator: Accelerator | None = None,
     speed: bool = True,
+    description: str = "evaluating",
 ) -> dict[str, float]:
-    """The figures above for one model; pass the teacher as the student for its own.
+    """Quality of a model beside its teacher, and its size, speed and memory.
 
-    dataset: rows of input_ids and labels; teacher: None leaves out what compares with it
-    shared_vocabulary: how many ids mean the same to both; default: the smaller head
-    raises: InputError if there is no row or no target, or a figure is not finite
+    student: a causal language model; for the teacher's own figures, the teacher
+    teacher: what teaches; None leaves out what compares with it. Both models run in eval mode, in
+        their own dtype (and the accelerator's mixed precision, if it has one), and are handed back
+        as they were, but on the accelerator's device.
+    dataset: rows with input_ids, labels, and perhaps attention_mask, position_ids
+    data_collator: rows to a padded batch; default `hf_distill.data.collator(tokenizer)`
+    batch_size: rows that a process looks at together
+    shared_vocabulary: how many ids, from 0 on, mean the same to both, for KL and agreement;
+        default: what both heads and the tokenizer have, checked where the teacher's is known
+    speed: measure also prefill, decoding and peak memory, about a second for a small model
+    returns: `perplexity`, `ce` (nats a target), `bits_per_byte`, `kl_to_teacher` (nats a target),
+        `top1_agreement`, `calibration_error`, `targets`, `parameters`, `size_mb`; with `speed` also
+        `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_mb`; the same on every process.
+        docs/evaluation.md defines each.
+    raises: InputError for rows without targets, ids that a model lacks, a loss that is not finite
     """
+    accelerator = accelerator or Accelerator()
+    batches = _batches(dataset, data_collator or collator(tokenizer), batch_size, accelerator)
+    with _as_they_were(student, teacher):
+        pair = _Pair(student, teacher, accelerator)
+        if shared_vocabulary is None:
+            shared_vocabulary = pair.shared_vocabulary(tokenizer)
+        shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
+        figures = _quality(pair, shown, tokenizer, shared_vocabulary, accelerator)
+        figures |= measure.size(pair.plain)
+        if speed:
+            figures |= _on_main(accelerator, lambda: measure.speed(pair.plain))
+    return figures
+
+
+class _Pair:
+    """A student and its teacher, asked about the same batches."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | Teacher | str | None,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student = student.eval()
+        self.plain = accelerator.unwrap_model(student)
+        placed = [getattr(self.plain, name, None) for name in ("hf_device_map", "is_quantized")]
+        if not any(placed):
+            student.to(accelerator.device)
+        # An adapter's own forward accepts anything; its base names what it knows.
+        base = self.plain.get_base_model() if hasattr(self.plain, "get_base_model") else self.plain
+        self._accepted = set(inspect.signature(base.forward).parameters)
+        self._readable = vocabulary.embedding_rows(base)
+        self._rows = vocabulary.head_rows(base)
+        self._autocast = accelerator.autocast
+        own = isinstance(teacher, LiveTeacher) and teacher.model is student
+        self._itself = own or teacher is student
+        self.teacher = None if self._itself else as_teacher(teacher)
+        if self.teacher is not None:
+            self.teacher.prepare(accelerator, student_reads=self._readable)
+
+    def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many ids mean the same to both; InputError if their tokens are known to differ."""
+        if self.teacher is None:
+            return min(self._rows, len(tokenizer))
+        return vocabulary.shared_vocabulary(
+            self._rows, self.teacher.rows, tokenizer, self.teacher.tokenizer
+        )
+
+    def logits(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What student and teacher say at the targets, (targets, vocabulary) each.
+
+        mask: (rows, positions) bool, the targets. A model that is its own teacher is asked once,
+        so that it agrees with itself exactly.
+        """
+        inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+        if "attention_mask" in inputs:
+            inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
+        inputs["input_ids"] = self._known_ids(inputs["input_ids"], inputs.get("attention_mask"))
+        accepted = {k: v for k, v in inputs.items() if k in self._accepted}
+        with self._autocast():
+            logits = self.student(**accepted, use_cache=False).logits
+        ours = logits[mask.to(logits.device)].to(mask.device)
+        del logits  # before the teacher makes its own
+        if self._itself:
+            return ours, ours
+        return ours, None if self.teacher is None else self.teacher.signal(inputs, mask).logits
+
+    def _known_ids(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Ids that the student's embedding lacks, replaced where masked and refused where real."""
+        unknown = ids >= self._readable
+        real = unknown if attention_mask is None else unknown & (attention_mask != 0)
+        if real.any():
+            raise InputError(
+                f"the model reads ids up to {self._readable - 1}, but an evaluation row has the "
+                f"token id {int(ids[real].max())}: tokenize the rows with the model's own tokenizer"
+            )
+        return ids.masked_fill(unknown, 0)
+
+
+def _quality(
+    pair: _Pair,
+    batches: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    shared_vocabulary: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    metrics: list[RowMetric] = [Perplexity(), BitsPerByte(), CalibrationError()]
+    rows = targets = 0
+    for batch in batches:
+        if batch.get("labels") is None and batch.get("shift_labels") is None:
+            raise InputError(
+                f"the evaluation batch has no labels, only {', '.join(batch)}: add a labels "
+                "column, or pass a data_collator that makes one"
+            )
+        labels = target_labels(batch)
+        ours, theirs = pair.logits(batch, labels != IGNORE)
+        if theirs is not None and not any(isinstance(m, TeacherAgreement) for m in metrics):
+            metrics.append(TeacherAgreement())
+        sums = row_sums(ours, theirs, labels, shared_vocabulary)
+        sums["bytes"] = text_bytes(labels, tokenizer)
+        sums = {k: v.cpu() for k, v in accelerator.gather_for_metrics(sums).items()}
+        _refuse_non_finite(sums, rows)
+        for metric in metrics:
+            metric.add_batch(**{name: sums[name].numpy() for name in metric.columns})
+        rows += len(sums["targets"])
+        targets += int(sums["targets"].sum())
+    figures: dict[str, float] = {"targets": targets}
+    for metric in metrics:
+        figures |= metric.compute()
+    return figures
+
+
+def _batches(
+    dataset: Any,
+    data_collator: Callable[[list[Any]], Batch],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> DataLoader[Any]:
+    if not isinstance(dataset, Sized):
+        raise InputError(
+            f"the evaluation rows are a {type(dataset).__name__}, which cannot be counted: give a "
+            "datasets.Dataset, for a stream Dataset.from_list(list(stream.take(1000)))"
+        )
     if len(dataset) == 0:
         raise InputError("there are no evaluation rows: give data.eval, or a larger eval_fraction")
-    accelerator = accelerator or Accelerator()
-    signals = as_teacher(teacher)
-    student.to(accelerator.device)
-    if signals is not None:
-        signals.prepare(accelerator, student_reads=embedding_rows(_base(student)))
-    shared = min(head_rows(_base(student)), signals.rows if signals else 10**12, len(tokenizer))
-    loader = accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=data_collator))
-    rows: list[Tensor] = []
-    with _evaluating(student):
-        for batch in tqdm(
-            loader, desc="evaluating", disable=not accelerator.is_main_process, leave=False
-        ):
-            table = _row_sums(student, signals, batch, tokenizer, shared_vocabulary or shared)
-            rows.append(accelerator.gather_for_metrics(table).cpu())
-        figures = _figures(torch.cat(rows), with_teacher=signals is not None)
-        figures |= size(student)
-        if speed:
-            figures |= measure_speed(student)
-    return figures
+    rows: Any = dataset
+    loader: DataLoader[Any] = DataLoader(rows, batch_size, collate_fn=data_collator)
+    return accelerator.prepare_data_loader(loader)
 
 
-def _row_sums(
-    student: PreTrainedModel,
-    teacher: Teacher | None,
-    batch: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    shared: int,
-) -> Tensor:
-    """(rows, columns) float64: targets, bytes, nll, kl, agree, then the calibration bins."""
-    labels = target_labels(batch)
-    mask = labels != IGNORE
-    row_of = mask.nonzero()[:, 0]
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    accepted = inspect.signature(_base(student).forward).parameters
-    if "attention_mask" in inputs and "position_ids" in accepted:
-        inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
-    logits = student(**inputs, use_cache=False).logits[mask]
-    itself = isinstance(teacher, LiveTeacher) and teacher.model is student
-    signal = teacher.signal(inputs, mask).logits if teacher is not None and not itself else logits
-    chunks = [
-        _per_target(*pieces, shared)
-        for pieces in zip(
-            logits.split(TARGETS_AT_ONCE),
-            signal.split(TARGETS_AT_ONCE),
-            labels[mask].split(TARGETS_AT_ONCE),
-            strict=True,
-        )
-    ]
-    texts = tokenizer.batch_decode(
-        [row[row != IGNORE] for row in labels],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-    covered = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
-    columns = [mask.sum(-1).double(), covered.to(labels.device)]
-    columns += [
-        sum_by_row(values, row_of, len(labels)) for values in torch.cat(chunks, dim=1).unbind()
-    ]
-    return torch.stack(columns, dim=-1)
-
-
-def _per_target(student: Tensor, teacher: Tensor, labels: Tensor, shared: int) -> Tensor:
-    """(3 + 2 * bins, targets) float32: nll, kl, agree, confidence and correctness by bin."""
-    log_probabilities = F.log_softmax(student.float(), dim=-1)
-    nll = F.nll_loss(log_probabilities, labels, reduction="none")
-    ours = F.log_softmax(student[:, :shared].float(), dim=-1)
-    theirs = F.log_softmax(teacher[:, :shared].float(), dim=-1)
-    agree = (ours.argmax(-1) == theirs.argmax(-1)).float()
-    confidence, best = log_probabilities.max(-1)
-    confidence = confidence.exp()
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    in_bin = F.one_hot(bins, CALIBRATION_BINS).T.float()
-    correct = in_bin * (best == labels)
-    head = torch.stack([nll, forward_kl(ours, theirs), agree])
-    return torch.cat([head, in_bin * confidence, correct])
-
-
-def _figures(table: Tensor, with_teacher: bool) -> dict[str, float]:
-    if not table.isfinite().all():
-        bad = int((~table.isfinite().all(-1)).nonzero()[0])
-        raise InputError(
-            f"evaluation row {bad} gives a figure that is not finite: the model has diverged, or "
-            "its dtype is too narrow (load it in float32 or bfloat16)"
-        )
-    if table[:, 0].sum() == 0:
-        raise InputError(
-            "the evaluation rows have no target, since every label is -100: check the label masks"
-        )
-    columns = table.numpy().T
-    targets, covered, nll, kl, agree = columns[:5]
-    bins = columns[5:].reshape(2, CALIBRATION_BINS, -1).transpose(0, 2, 1)
-    figures = Likelihood().compute(nll=nll, targets=targets, bytes=covered)
-    figures |= CalibrationError().compute(confidence=bins[0], correct=bins[1], targets=targets)
-    if with_teacher:
-        figures |= TeacherAgreement().compute(kl=kl, agree=agree, targets=targets)
-    return figures
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
+@contextmanager
+def _as_they_were(*models: Any) -> Iterator[None]:
+    """Whatever happens inside, modes and gradient flags are afterwards what they were."""
+    models = tuple(model for model in models if isinstance(model, nn.Module))
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
-def _base(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _refuse_non_finite(sums: Mapping[str, Tensor], rows_before: int) -> None:
+    for name, what in (("nll", "model's loss"), ("kl", "KL to the teacher")):
+        if name in sums and not sums[name].isfinite().all():
+            row = int((~sums[name].isfinite()).nonzero()[0])
+            raise InputError(
+                f"the {what} is {sums[name][row].item()} in evaluation row {rows_before + row}: "
+                "the weights have diverged, or their dtype is too narrow (load the model in "
+                "float32 or bfloat16)"
+            )
 
 
-def compare(results: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Retention of the student, and how much of the gap to the teacher distillation closed.
-
-    retention: student / teacher where more is better, teacher / student where less is
-    gap_closed: (baseline - student) / (baseline - teacher), absent where the baseline is not
-        worse than the teacher
-    """
-    teacher, student = results["teacher"], results["student"]
-    baseline = results.get("baseline")
-    retention, gap_closed = {}, {}
-    for name in (*LESS_IS_BETTER, *MORE_IS_BETTER):
-        if name not in teacher or name not in student:
-            continue
-        less = name in LESS_IS_BETTER
-        above, below = (teacher, student) if less else (student, teacher)
-        if below[name] and name != "kl_to_teacher":  # the teacher's own is 0
-            retention[name] = above[name] / below[name]
-        if baseline is not None:
-            gap = baseline[name] - teacher[name]
-            if (gap > 0) if less else (gap < 0):
-                gap_closed[name] = (baseline[name] - student[name]) / gap
-    return {"retention": retention, "gap_closed": gap_closed}
+def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What the main process finds, on every process; its error too, so that nobody waits for it."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 @torch.no_grad()
@@ -207,26 +248,41 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_new_tokens: int = 40,
+    max_new_tokens: int = 48,
 ) -> list[dict[str, str]]:
-    """Greedy continuations of the same prompts by each model, side by side.
+    """Greedy continuations of the same prompts by several models, side by side.
 
-    prompts: token ids; returns: {"prompt": text, <role>: text, ...} each
+    models: by the name that their text gets; prompts: token ids
+    max_new_tokens: fewer where a model has no position left for them
+    returns: for each prompt, `prompt` and each model's continuation of it, as text
+    raises: InputError for a prompt that leaves a model no position at all
     """
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        row = {"prompt": str(tokenizer.decode(list(prompt), skip_special_tokens=True))}
-        for role, model in models.items():
-            with _evaluating(model):
-                made = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=torch.ones_like(ids).to(model.device),
-                    do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            row[role] = str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-        found.append(row)
-    return found
+    table = []
+    with _as_they_were(*models.values()):
+        for prompt in prompts:
+            ids = {"prompt": list(prompt)}
+            for name, model in models.items():
+                ids[name] = _continue(model.eval(), name, ids["prompt"], max_new_tokens)
+            texts = (str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids.values())
+            table.append(dict(zip(ids, texts, strict=True)))
+    return table
+
+
+def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> list[int]:
+    limit = measure.max_positions(model)
+    if limit is not None and limit <= len(prompt):
+        raise InputError(
+            f"a prompt has {len(prompt)} tokens, but the {name} has only {limit} positions: "
+            "cut the prompts shorter"
+        )
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    ids = torch.tensor([prompt], device=model.device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=room,
+        pad_token_id=0,  # never needed in a batch of one; saves a warning
+    )
+    return written[0, len(prompt) :].tolist()

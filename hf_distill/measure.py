@@ -1,80 +1,201 @@
-"""Speed, memory and size of one model."""
+"""What a model costs: parameters, size, speed, memory."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
-PROMPT_TOKENS, NEW_TOKENS, REPEATS = 64, 32, 3
+from hf_distill.errors import InputError
+from hf_distill.vocabulary import embedding_rows
+
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+REPEATS = 5
+BUDGET_S = 30.0
+"""After this many seconds a slow model is not timed again."""
+
+MB = 1e6
 
 
 def size(model: Any) -> dict[str, float]:
-    """`parameters` (tied ones once) and `size_mb`, the bytes of a saved model / 1e6."""
-    tensors = {p.data_ptr(): p for p in model.parameters()}.values()
-    return {
-        "parameters": sum(p.numel() for p in tensors),
-        "size_mb": sum(p.numel() * p.element_size() for p in tensors) / 1e6,
-    }
+    """`parameters`, tied ones counted once, and `size_mb`, see there."""
+    return {"parameters": model.num_parameters(), "size_mb": size_mb(model)}
 
 
-def _seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """Median time of an action after one warm-up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def size_mb(source: Any) -> float:
+    """Size of the weights in MB (10^6 bytes).
+
+    source: a model (what its state dict holds, in its own dtype and tied weights once, which is
+        what `save_pretrained` writes), or the folder of a saved one (its safetensors files)
+    raises: InputError for a folder without safetensors
+    """
+    if not isinstance(source, str | Path):
+        return _bytes(source.state_dict().values()) / MB
+    files = list(Path(source).glob("*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{str(source)!r} has no safetensors file, so its size is not known: "
+            "give the folder where a model was saved"
+        )
+    return sum(file.stat().st_size for file in files) / MB
+
+
+def max_positions(model: Any) -> int | None:
+    """How many positions a model can read, or None where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @torch.no_grad()
-def speed(model: Any, *, batch_size: int = 1) -> dict[str, float]:
-    """Prefill and decode speed in tokens per second, at a fixed prompt and greedy decoding.
+def speed(
+    model: Any,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
+    budget_s: float = BUDGET_S,
+) -> dict[str, float]:
+    """Speed and memory of a model in eval mode that answers one prompt, on the device where it is.
 
-    Decoding is timed as a whole generation less its prefill. `peak_memory_mb` is the highest
-    allocation on an accelerator; on the CPU the model's weights and what generation added to the
-    process's resident memory.
+    The prompt is of random ids, since the text makes no difference; both lengths are cut to the
+    model's positions. Speeds are medians after a warm-up.
+    returns: `prefill_tokens_per_s` (prompt tokens read, cache filled), `decode_tokens_per_s`
+        (tokens after the first, greedy, with the cache), and `peak_memory_mb`, see there
     """
-    device = model.device
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or 10**9
-    prompt_tokens = min(PROMPT_TOKENS, max(1, longest // 2))
-    new_tokens = max(2, min(NEW_TOKENS, longest - prompt_tokens))
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, prompt_tokens)
-    prompt = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
-    process = psutil.Process()
-    before = process.memory_info().rss
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    prefill = _seconds(lambda: model(input_ids=prompt, use_cache=True), device)
-
-    def generate() -> Any:
-        return model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            use_cache=True,
-        )
-
-    decode = max(_seconds(generate, device) - prefill, 1e-9)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 1e6
-    else:
-        added = max(0, process.memory_info().rss - before)
-        peak = size(model)["size_mb"] + added / 1e6
+    started = time.perf_counter()
+    limit = max_positions(model) or prompt_tokens + new_tokens
+    new_tokens = max(2, min(new_tokens, limit // 2))
+    prompt_tokens = max(1, min(prompt_tokens, limit - new_tokens))
+    prompt = _random_prompt(model, prompt_tokens)
+    _prefill(model, prompt)
+    _generate(model, prompt, 2)
+    prefills: list[float] = []
+    decodes: list[float] = []
+    while not decodes or (len(decodes) < repeats and time.perf_counter() - started < budget_s):
+        prefills.append(_seconds(model, lambda: _prefill(model, prompt)))
+        first = _seconds(model, lambda: _generate(model, prompt, 1))
+        whole = _seconds(model, lambda: _generate(model, prompt, new_tokens))
+        decodes.append(max(whole - first, 1e-9))
     return {
-        "prefill_tokens_per_s": batch_size * prompt_tokens / prefill,
-        "decode_tokens_per_s": batch_size * (new_tokens - 1) / decode,
-        "peak_memory_mb": peak,
+        "prefill_tokens_per_s": prompt_tokens / statistics.median(prefills),
+        "decode_tokens_per_s": (new_tokens - 1) / statistics.median(decodes),
+        "peak_memory_mb": peak_memory_mb(model, prompt_tokens + new_tokens),
     }
+
+
+@torch.no_grad()
+def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> float:
+    """Most memory that tensors take while a model reads and writes some tokens, in MB (10^6 bytes).
+
+    The model's own weights and buffers, and the most that prefill and decoding hold on top of them
+    (activations, cache, logits). Other models on the device do not count.
+
+    On CUDA the allocator tells. Elsewhere the results of all operations are counted as they come
+    and go: the resident memory of a process also holds what earlier work has left behind, and
+    changes from run to run. Nearly all tokens are prompt, since decoding one by one adds nothing
+    to the peak but the cache.
+    """
+    few = min(4, tokens - 1)
+    prompt = _random_prompt(model, tokens - few)
+    own = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in own}
+    if all(device.type == "cuda" for device in devices):
+        before = {device: torch.cuda.memory_allocated(device) for device in devices}
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        _generate(model, prompt, few)
+        peak = sum(torch.cuda.max_memory_allocated(d) - held for d, held in before.items())
+    else:
+        with _HeldBytes(own) as held_bytes:
+            _generate(model, prompt, few)
+        peak = held_bytes.peak
+    return (_bytes(own) + peak) / MB
+
+
+class _HeldBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make while it is on, and their peak."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in own:  # a view of a weight is no new memory
+            self._seen[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen[storage] = None
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors, those that share their memory counted once."""
+    distinct = {(t.device, t.data_ptr(), t.numel()): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def _random_prompt(model: Any, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)  # not the global one, which others depend on
+    ids = torch.randint(embedding_rows(model), (1, tokens), generator=generator)
+    return ids.to(model.device)
+
+
+def _prefill(model: Any, prompt: Tensor) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # As generation does it: only the last position's logits are wanted.
+    last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+    model(input_ids=prompt, use_cache=True, **({"logits_to_keep": 1} if last_only else {}))
+
+
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> None:
+    model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=0,  # never needed in a batch of one; saves a warning
+    )
+
+
+def _seconds(model: Any, work: Callable[[], None]) -> float:
+    _wait_for(model.device)
+    start = time.perf_counter()
+    work()
+    _wait_for(model.device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    """Accelerators work behind; let them finish what they were asked."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

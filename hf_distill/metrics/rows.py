@@ -25,47 +25,48 @@ CHUNK_ELEMENTS = 2**22
 
 
 @torch.no_grad()
-def row_sums(student: Tensor, teacher: Tensor, labels: Tensor, shared: int) -> dict[str, Tensor]:
+def row_sums(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
+) -> dict[str, Tensor]:
     """Sums over each row's targets of what the metrics are made of.
 
-    student, teacher: (rows, positions, vocabulary) logits, in any floating dtype; the vocabularies
-        may differ in size; the position of a logit is the position of its label
+    student, teacher: (targets, vocabulary) logits of all targets, row after row, in any floating
+        dtype; the vocabularies may differ in size; without a teacher `kl` and `agreed` are left out
     labels: (rows, positions) int64, already shifted, `IGNORE` where nothing is predicted
     shared: the first so many ids mean the same to both, and carry KL and agreement
-    returns: (rows,) `nll` and `kl` in nats, float64; `targets`, `agreed` counts, int64; and
-        (rows, BINS) `bin_count`, `bin_correct` counts and `bin_confidence` float64, by the
-        student's top-1 confidence
+    returns: (rows,) `nll` and `kl` in nats, float64; `targets` and `agreed` counts, int64; and
+        (rows, BINS), by the student's top-1 confidence, `bin_count` and `bin_correct` counts and
+        the sum `bin_confidence`
     raises: InputError for a label beyond the student's head, or a `shared` beyond either head
     """
     _check(student, teacher, labels, shared)
-    labels = labels.to(student.device)
-    rows, targets = len(labels), labels != IGNORE
-    row_of, position = targets.nonzero(as_tuple=True)
-    chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
+    mask = labels != IGNORE
+    rows, row_of = len(labels), mask.nonzero()[:, 0]
     sums: dict[str, Tensor] = {}
     # Without any target there is still one chunk, an empty one.
-    for r, p in zip(row_of.split(chunk), position.split(chunk), strict=True):
-        # The same object stays the same object, so that a model agrees with itself exactly.
-        ours = student[r, p]
-        at_teacher = (r.to(teacher.device), p.to(teacher.device))
-        theirs = ours if teacher is student else teacher[at_teacher].to(ours.device)
-        values, bins = _judge(ours, theirs, labels[r, p], shared)
-        part = {name: sum_by_row(value, r, rows) for name, value in values.items()}
+    chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
+    columns = (student, student if teacher is None else teacher, labels[mask], row_of)
+    for ours, theirs, label, row in zip(*(c.split(chunk) for c in columns), strict=True):
+        # The same object stays the same, so that a model agrees with itself exactly.
+        other = None if teacher is None else ours if teacher is student else theirs
+        values, bins = _judge(ours, other, label, shared)
+        found = {name: sum_by_row(value, row, rows) for name, value in values.items()}
         for name in ("count", "confidence", "correct"):
-            binned = sum_by_row(values[name], r * BINS + bins, rows * BINS)
-            part[f"bin_{name}"] = binned.view(rows, BINS)
-        sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-    counts = ("agreed", "bin_count", "bin_correct")
-    floats = ("nll", "kl", "bin_confidence")
-    result = {name: sums[name] for name in floats} | {name: sums[name].long() for name in counts}
-    return result | {"targets": targets.sum(-1)}
+            binned = sum_by_row(values[name], row * BINS + bins, rows * BINS)
+            found[f"bin_{name}"] = binned.view(rows, BINS)
+            del found[name]
+        sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+    for name in ("agreed", "bin_count", "bin_correct"):
+        if name in sums:
+            sums[name] = sums[name].long()
+    return sums | {"targets": mask.sum(-1)}
 
 
 def _judge(
-    student: Tensor, teacher: Tensor, labels: Tensor, shared: int
+    student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Values of some targets, (targets,) float32 each, and the bin of each one's confidence."""
-    log_student = F.log_softmax(student.float(), dim=-1)
+    log_student = _log_softmax(student)
     log_confidence, predicted = log_student.max(dim=-1)
     confidence = log_confidence.exp()
     values = {
@@ -74,20 +75,23 @@ def _judge(
         "confidence": confidence,
         "correct": (predicted == labels).float(),
     }
-    ours, theirs = student[:, :shared], teacher[:, :shared]
-    values["agreed"] = (ours.argmax(-1) == theirs.argmax(-1)).float()
-    log_ours = log_student  # already normalised over the shared ids where all ids are shared
-    if shared < student.shape[-1]:
-        log_ours = F.log_softmax(ours.float(), dim=-1)
-    log_theirs = log_ours if teacher is student else F.log_softmax(theirs.float(), dim=-1)
-    values["kl"] = forward_kl(log_ours, log_theirs)
+    if teacher is not None:
+        ours, theirs = student[:, :shared], teacher[:, :shared]
+        log_ours = log_student if shared == student.shape[-1] else _log_softmax(ours)
+        log_theirs = log_ours if teacher is student else _log_softmax(theirs)
+        values["kl"] = forward_kl(log_ours, log_theirs)
+        values["agreed"] = (ours.argmax(-1) == theirs.argmax(-1)).float()
     # Bin b holds (b / BINS, (b + 1) / BINS]. A NaN goes anywhere: the sums tell of it.
     bins = (confidence.nan_to_num(1.0) * BINS).ceil().long().clamp(1, BINS) - 1
     return values, bins
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor, shared: int) -> None:
-    smaller = min(student.shape[-1], teacher.shape[-1])
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def _check(student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int) -> None:
+    smaller = min(student.shape[-1], student.shape[-1] if teacher is None else teacher.shape[-1])
     if not 0 < shared <= smaller:
         raise InputError(
             f"the shared vocabulary is {shared} ids, but must be between 1 and {smaller}, the "
@@ -96,8 +100,8 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor, shared: int) -> Non
     largest = int(labels.max()) if labels.numel() else 0
     if largest >= student.shape[-1]:
         raise InputError(
-            f"a label is the token id {largest}, but the student predicts only "
-            f"{student.shape[-1]} ids: use the tokenizer that the student was made for"
+            f"a label is the token id {largest}, but the model predicts only "
+            f"{student.shape[-1]} ids: use the tokenizer that it was made for"
         )
 
 
@@ -111,4 +115,4 @@ def text_bytes(labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     texts = tokenizer.batch_decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return torch.tensor([len(text.encode()) for text in texts], dtype=torch.int64)
+    return torch.tensor([len(text.encode()) for text in texts], device=labels.device)

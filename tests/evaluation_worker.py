@@ -1,0 +1,44 @@
+"""`evaluate_student` on several processes: `evaluation_worker.py OUT` writes a file a process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from evaluation_setup import ROWS, collate, pair, tokenizer
+
+from hf_distill import measure
+from hf_distill.errors import InputError
+from hf_distill.evaluation import evaluate_student
+
+
+def diverged() -> None:
+    raise InputError("measured")
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    student, teacher = pair()
+    figures = {}
+    for rows in (13, 3):  # 13 = 4 + 4 + 4 + 1, and fewer rows than one round of batches
+        figures[rows] = evaluate_student(
+            student,
+            teacher,
+            ROWS[:rows],
+            tokenizer(),
+            batch_size=4,
+            data_collator=collate,
+            accelerator=accelerator,
+            speed=rows == 3,
+        )
+    # What fails on the main process alone reaches all of them.
+    measure.speed = lambda model: diverged()  # type: ignore[assignment]
+    try:
+        evaluate_student(student, teacher, ROWS[:3], tokenizer(), data_collator=collate)
+    except InputError as error:
+        figures["error"] = str(error)
+    Path(f"{sys.argv[1]}.{accelerator.process_index}").write_text(json.dumps(figures))
+    torch.distributed.destroy_process_group()
