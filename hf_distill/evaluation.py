@@ -114,7 +114,7 @@ class _Pair:
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many ids mean the same to both; InputError if their tokens are known to differ."""
         if self.teacher is None:
-            return min(self._rows, len(tokenizer))
+            return self._rows  # nobody to compare with
         return vocabulary.shared_vocabulary(
             self._rows, self.teacher.rows, tokenizer, self.teacher.tokenizer
         )

@@ -153,10 +153,13 @@ def test_order_and_batches_do_not_matter(kind: type[RowMetric]) -> None:
 
     def column(feature: Any) -> list[Any]:
         if hasattr(feature, "length"):
-            return [[dice.random() * 9 // 1 for _ in range(feature.length)] for _ in range(number)]
-        return [10 ** dice.uniform(0, 6) // 1 for _ in range(number)]
+            return [[dice.uniform(0, 9) for _ in range(feature.length)] for _ in range(number)]
+        return [10 ** dice.uniform(0, 6) for _ in range(number)]
 
-    columns = {name: np.array(column(feature)) for name, feature in kind.columns.items()}
+    columns = {}
+    for name, feature in kind.columns.items():
+        kept = getattr(feature, "feature", feature).dtype
+        columns[name] = np.array(column(feature)).astype(kept)
     at_once = kind().compute(**columns)
     order = list(range(number))
     dice.shuffle(order)
@@ -185,6 +188,16 @@ def test_known_values() -> None:
     assert perplexity["perplexity"] == pytest.approx(4)
     bits = BitsPerByte().compute(nll=[8 * math.log(2)], bytes=[4])
     assert bits == {"bits_per_byte": pytest.approx(2)}
+
+
+def test_neighbouring_bins_are_kept_apart() -> None:
+    confidences = torch.tensor([0.99, 0.9, 0.61, 0.59])  # 9 / 15 is 0.6, 14 / 15 is 0.93
+    logits = torch.stack([confidences, 1 - confidences], dim=1).log()
+    sums = row_sums(logits, None, torch.tensor([[1, 0, 0, 1]]), 2)
+    assert sums["bin_count"].nonzero()[:, 1].tolist() == [8, 9, 13, 14]
+    found = CalibrationError().compute(**{k: sums[k].numpy() for k in CalibrationError.columns})
+    expected = (0.99 + 0.1 + 0.39 + 0.59) / 4
+    assert found["calibration_error"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_has_no_answer_is_refused() -> None:
