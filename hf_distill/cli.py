@@ -53,7 +53,7 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(short_help="Run a recipe, from raw text to the report.")
 def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
     """Run a recipe: prepare, teacher, student, baseline, train, evaluate, report.
 
@@ -75,7 +75,7 @@ def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> Non
                 stage(this_run)
 
 
-@app.command()
+@app.command(short_help="Measure the models of a finished run again.")
 def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
     """Measure the models of a finished run again, and write its report again.
 
@@ -93,7 +93,7 @@ def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -
             measure_again(this_run)
 
 
-@app.command()
+@app.command(short_help="Write the report of a run folder again.")
 def report(folder: Folder, debug: Debug = False) -> None:
     """Write the report.html of a run folder again, from the files in it.
 
@@ -106,9 +106,12 @@ def report(folder: Folder, debug: Debug = False) -> None:
         typer.echo(write_report(folder))
 
 
-@app.command()
+@app.command(short_help="Push a student and its card to the Hub.")
 def publish(
-    folder: Folder,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a saved student."),
+    ],
     repo_id: Annotated[
         str | None, typer.Argument(help="owner/name on the Hub; by default the recipe's.")
     ] = None,
@@ -125,9 +128,11 @@ def publish(
     """
     with guarded(debug):
         from hf_distill.hub import publish as push
+        from hf_distill.recipe.schema import PublishSection
         from hf_distill.stages.folder import recipe_of
 
-        section = recipe_of(folder).publish
+        of_a_run = not (folder / "config.json").exists() and (folder / "student").is_dir()
+        section = recipe_of(folder).publish if of_a_run else PublishSection()
         target = repo_id or section.repo_id
         if target is None:
             raise InputError(
@@ -135,7 +140,7 @@ def publish(
                 "publish.repo_id in the recipe"
             )
         hidden = section.private if private is None else private
-        typer.echo(push(folder / "student", target, private=hidden))
+        typer.echo(push(folder / "student" if of_a_run else folder, target, private=hidden))
 
 
 @contextmanager

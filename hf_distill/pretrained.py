@@ -33,7 +33,8 @@ def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
     if head is None:
         raise InputError(f"{role} {str(name)!r} has no language-model head: a divergence needs one")
     missing = set(report["missing_keys"])
-    if missing & {key for key, value in model.state_dict().items() if value is head.weight}:
+    weights = model.state_dict(keep_vars=True)  # the parameters themselves, not detached copies
+    if missing & {key for key, value in weights.items() if value is head.weight}:
         raise InputError(
             f"{role} {str(name)!r} was saved without a language-model head, so its predictions "
             "would be random: give a checkpoint of a causal language model"

@@ -3,180 +3,284 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from hub_server import USER, HubServer
+from peft import AutoPeftModelForCausalLM
+from runs import ROOT, environment, invoke, metrics, quality, run, start, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-ROOT = Path(__file__).parents[1]
-QUALITY = ("perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement", "calibration_error")
-
-RECIPE = """
-seed: 0
-data: {train: "{stdlib}/email/*.py", rows: document, max_length: 64, eval_fraction: 0.2}
-tokenizer: {vocab_size: 400}
-teacher:
-  config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, n_positions: 64}
-  train: {max_steps: 12, learning_rate: 3e-3, save_steps: 3}
-student:
-  config: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}
-train: {alpha: 0.9, max_steps: 12, learning_rate: 3e-3, save_steps: 3}
-evaluate: {prompts: 2, max_new_tokens: 8, speed: false}
-"""
+STAGES = ("prepare", "teacher", "student", "baseline", "train", "evaluate", "report")
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("run"))
 
 
-def command(recipe: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "hf_distill.cli", "run", str(recipe), *options]
+@pytest.fixture(scope="module")
+def finished(recipe: Path) -> Path:
+    """The run folder of an uninterrupted run."""
+    done = run(recipe)
+    assert done.exit_code == 0, done.output
+    return recipe.parent / "runs" / "tiny"
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def skipped(output: str) -> list[str]:
+    return [line.split(":")[0] for line in output.splitlines() if line.endswith("skipped")]
 
 
-def run(
-    recipe: Path, *options: str, launcher: list[str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    words = command(recipe, *options)
-    if launcher is not None:
-        words = [*launcher, str(ROOT / "recipes" / "distill.py"), *words[4:]]
+def test_everything_is_there(finished: Path) -> None:
+    found = metrics(finished)
+    assert found["teacher"]["kl_to_teacher"] == 0
+    assert found["teacher"]["perplexity"] < found["initial"]["perplexity"]
+    assert found["student"]["kl_to_teacher"] < found["baseline"]["kl_to_teacher"]
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert min(found[role]["train_seconds"] for role in ("baseline", "student")) > 0
+    assert "train_seconds" not in found["teacher"]
+    assert [set(row) for row in found["continuations"]] == [
+        {"prompt", "teacher", "baseline", "student"}
+    ] * 2
+    assert found["seed"] == 0
+    assert {"retention", "gap_closed"} <= found["comparison"].keys()
+    assert "<html" in (finished / "report.html").read_text()
+    assert "forward_kl" in (finished / "student" / "README.md").read_text()
+    for role in ("teacher", "student_initial", "baseline", "student"):
+        AutoTokenizer.from_pretrained(finished / role)
+        model = AutoModelForCausalLM.from_pretrained(finished / role)
+        assert model.generation_config.eos_token_id == 0
+        assert (finished / role / "model.safetensors").exists()
+    for pickled in ("*.bin", "*.pt", "*.pth", "*.pkl"):
+        assert not list(finished.rglob(pickled))
+    left = {path.name for path in (finished / "work").iterdir()}
+    assert left == {f"{stage}.json" for stage in STAGES} | {"run.json"}
+
+
+def test_both_trainings_begin_alike_and_differ_in_the_objective(finished: Path) -> None:
+    logs = {
+        role: json.loads((finished / role / "log_history.json").read_text())
+        for role in ("baseline", "student")
+    }
+    first = {role: next(entry for entry in log if "ce" in entry) for role, log in logs.items()}
+    # The same rows and initial weights: the same cross-entropy before the first update.
+    assert first["baseline"]["ce"] == pytest.approx(first["student"]["ce"], rel=1e-6)
+    assert first["baseline"]["loss"] == pytest.approx(first["baseline"]["ce"], rel=1e-3)
+    assert first["student"]["loss"] < 0.5 * first["student"]["ce"]
+    assert first["baseline"]["learning_rate"] == first["student"]["learning_rate"]
+    for log in logs.values():  # the divergence's curve is there for both
+        assert [entry["step"] for entry in log if "eval_forward_kl" in entry] == [3, 6, 9, 12]
+
+
+def test_again_skips_all_and_a_change_only_redoes_what_it_touches(finished: Path) -> None:
+    recipe = finished.parent.parent / "tiny.yaml"
+    before = quality(finished)
+    again = run(recipe)
+    assert skipped(again.output) == list(STAGES)
+    changed = run(recipe, "train.alpha=0.5")
+    assert changed.exit_code == 0, changed.output
+    assert skipped(changed.output) == ["prepare", "teacher", "student", "baseline"]
+    assert quality(finished)["student"] != before["student"]
+    assert quality(finished)["baseline"] == before["baseline"]
+    assert skipped(run(recipe, "evaluate.prompts=1", "train.alpha=0.5").output) == list(STAGES[:-2])
+    without = run(recipe, "baseline=false")
+    assert "baseline" not in metrics(finished)
+    assert "baseline" not in metrics(finished)["comparison"].get("gap_closed", {})
+    assert without.exit_code == 0, without.output
+    assert run(recipe).exit_code == 0
+    assert quality(finished) == before  # the way back
+
+
+def test_evaluate_again(finished: Path) -> None:
+    recipe = finished.parent.parent / "tiny.yaml"
+    options = ["--set", f"output_dir={finished.parent}"]
+    before = quality(finished)
+    done = invoke("evaluate", recipe, *options, "--set", "evaluate.batch_size=3")
+    assert done.exit_code == 0, done.output
+    for role, figures in quality(finished).items():
+        assert figures == pytest.approx(before[role], rel=1e-4)
+    stale = invoke("evaluate", recipe, *options, "--set", "train.alpha=0.1")
+    assert stale.exit_code == 2
+    assert "is not up to date with the recipe (stage train)" in stale.output
+    assert run(recipe).exit_code == 0
+
+
+def test_the_student_goes_to_the_hub(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_distill.cli", "publish", str(finished), f"{USER}/tiny"]
+    with HubServer() as hub:
+        done = subprocess.run(
+            [*command, "--public"],
+            env=environment() | hub.environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        files = set(hub.repo(f"{USER}/tiny").files() or ())
+    weights = {"model.safetensors", "config.json", "generation_config.json"}
+    tokens = {"tokenizer.json", "tokenizer_config.json"}
+    assert files - {".gitattributes"} == weights | tokens | {"README.md"}
+
+
+def test_a_lora_student(recipe: Path) -> None:
+    done = run(recipe, "name=lora", "student.lora.r=2", "train.learning_rate=0.1")
+    assert done.exit_code == 0, done.output
+    folder = recipe.parent / "runs" / "lora"
+    assert (folder / "student" / "adapter_model.safetensors").exists()
+    assert not (folder / "student" / "model.safetensors").exists()
+    found = quality(folder)
+    assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
+    # The adapters' random weights do not depend on what was done before in the same process.
+    shutil.rmtree(folder / "student")
+    (folder / "metrics.json").unlink()
+    torch.rand(1)
+    again = run(recipe, "name=lora", "student.lora.r=2", "train.learning_rate=0.1")
+    assert {"train", "evaluate"}.isdisjoint(skipped(again.output))
+    assert quality(folder) == found
+
+
+def test_a_student_of_the_teachers_layers(recipe: Path) -> None:
+    done = run(recipe, "name=layers", "student={layers: [1]}", "baseline=false")
+    assert done.exit_code == 0, done.output
+    folder = recipe.parent / "runs" / "layers"
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(folder / name)
+        for name in ("teacher", "student_initial")
+    )
+    assert student.config.n_layer == 1
+    weights = [block.mlp.c_fc.weight for block in (*teacher.transformer.h, *student.transformer.h)]
+    assert torch.equal(weights[1], weights[2])
+
+
+# ---- Interruptions ----
+
+MOMENTS = ("work/prepare/arrow", "work/teacher/checkpoints/checkpoint-3", "work/train/checkpoints")
+
+
+def test_a_killed_run_ends_with_the_metrics_of_an_uninterrupted_one(
+    finished: Path, tmp_path: Path
+) -> None:
+    recipe = finished.parent.parent / "killed.yaml"
+    recipe.write_text((finished.parent.parent / "tiny.yaml").read_text())
+    folder = recipe.parent / "runs" / "killed"
+    for moment in MOMENTS:
+        process = start(recipe)
+        _wait_for(folder / moment, process)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (folder / "metrics.json").exists()
+    done = run(recipe)
+    assert done.exit_code == 0, done.output
+    assert "teacher" in skipped(done.output)
+    assert quality(folder) == quality(finished)
+
+
+def _wait_for(path: Path, process: BaseProcess) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.is_alive(), f"ended before {path} appeared"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# ---- Several processes ----
+
+
+def launch(recipe: Path, config: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(ROOT / "recipes" / "accelerate" / config)]
+    words += ["--main_process_port", "0", str(ROOT / "recipes" / "distill.py"), str(recipe)]
+    words += [word for override in overrides for word in ("--set", override)]
     return subprocess.run(
-        words, cwd=recipe.parent, env=environment(), capture_output=True, text=True, timeout=300
+        words, cwd=recipe.parent, env=environment(), capture_output=True, text=True, timeout=400
     )
 
 
-def quality(recipe: Path, name: str = "tiny") -> dict[str, dict[str, float]]:
-    metrics = json.loads((recipe.parent / "runs" / name / "metrics.json").read_text())
-    return {role: {k: metrics[role][k] for k in QUALITY} for role in metrics if role in ROLES}
-
-
-ROLES = ("teacher", "initial", "baseline", "student")
-
-
-def test_run_then_skip_then_redo_only_what_a_change_touches(recipe: Path) -> None:
-    done = run(recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = recipe.parent / "runs" / "tiny"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["teacher"]["kl_to_teacher"] == 0
-    assert metrics["teacher"]["top1_agreement"] == 1
-    assert metrics["student"]["parameters"] < metrics["teacher"]["parameters"]
-    assert metrics["baseline"]["train_seconds"] > 0
-    assert len(metrics["continuations"]) == 2
-    assert "<html" in (folder / "report.html").read_text()
-    assert not list(folder.rglob("training_args.bin"))
-
-    again = run(recipe)
-    lines = [line for line in again.stdout.splitlines() if line]
-    assert len(lines) == 7
-    assert all(line.endswith("unchanged, skipped") for line in lines)
-
-    changed = run(recipe, "--set", "train.alpha=0.5")
-    assert "teacher: unchanged" in changed.stdout
-    assert "student: unchanged" in changed.stdout
-    assert "train: done" in changed.stdout
-    assert "evaluate: done" in changed.stdout
-
-
-def test_a_killed_run_ends_with_the_metrics_of_an_uninterrupted_one(recipe: Path) -> None:
-    whole = run(recipe, "--set", "name=whole")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    # Killed when a stage has begun and, in the trainings, a checkpoint may be half-written.
-    for moment in ("work/prepare", "work/teacher/checkpoints", "work/train/checkpoints"):
-        started = subprocess.Popen(
-            command(recipe),
-            cwd=recipe.parent,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _wait_for(recipe.parent / "runs" / "tiny" / moment, started)
-        started.send_signal(signal.SIGKILL)
-        started.wait()
-        assert not (recipe.parent / "runs" / "tiny" / "metrics.json").exists()
-    assert run(recipe).returncode == 0
-    assert quality(recipe) == quality(recipe, "whole")
-
-
-def _wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, f"ended before {path} appeared"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
 def test_two_processes(recipe: Path) -> None:
-    launcher = [*LAUNCH, "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    done = run(recipe, launcher=launcher)
+    done = launch(recipe, "cpu2.yaml", "name=two")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.endswith(" s")] != []
     assert done.stdout.count("evaluate: done") == 1
-    assert quality(recipe)["student"]["perplexity"] > 1
-
-
-def test_lora_student(recipe: Path) -> None:
-    done = run(recipe, "--set", "student.lora.r=2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (recipe.parent / "runs/tiny/student/adapter_model.safetensors").exists()
-    found = quality(recipe)
+    folder = recipe.parent / "runs" / "two"
+    assert metrics(folder)["machine"]["processes"] == 2
+    assert (
+        json.loads((folder / "student" / "training_results.json").read_text())["engine"]
+        == "MULTI_CPU"
+    )
+    found = quality(folder)
     assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
 
 
-BAD = {
-    "train.alpah=0.5": "unknown key 'train.alpah'; did you mean 'train.alpha'?",
-    "train.alpha=1.5": "alpha is 1.5, but must be between 0 and 1",
-    "train.alpha='0.5'": "train.alpha is '0.5', but must be",
-    "train.temperature=0": "temperature is 0",
-    "train.beta=1.0": "beta is 1.0",
-    "data.train=nothing/*.txt": "nothing/*.txt",
-    "data.max_length=128": "positions",
-    "teacher={model: no/such-model}": "",
-    "train.per_device_train_batch_size=100000": "too small",
-}
+def test_an_error_on_two_processes_is_told_once(recipe: Path) -> None:
+    done = launch(recipe, "cpu2.yaml", "name=bad", "data.train=nothing/*.txt")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert errors == [
+        "error: 'nothing/*.txt' matches no file: check the pattern, the folder and data.exclude"
+    ]
+    assert not (recipe.parent / "runs" / "bad").exists()
 
 
-@pytest.mark.parametrize("change", BAD)
-def test_bad_input_is_one_line_and_code_2(change: str, recipe: Path) -> None:
-    done = run(recipe, "--set", change)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert len(errors) == 1
-    assert BAD[change] in errors[0]
-    assert "Traceback" not in done.stderr
-    folder = recipe.parent / "runs" / "tiny"
-    assert not (folder / "student").exists()
-    assert not (folder / "metrics.json").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_deepspeed_on_two_processes(recipe: Path, lora: bool) -> None:
+    name = f"zero{lora:d}"
+    overrides = ["train.gradient_accumulation_steps=2"]
+    overrides += ["student.lora.r=2", "train.learning_rate=0.1"] if lora else []
+    done = launch(recipe, "zero2_cpu.yaml", f"name={name}", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = recipe.parent / "runs" / name
+    for role in ("teacher", "baseline", "student"):
+        training = json.loads((folder / role / "training_results.json").read_text())
+        assert training["engine"] == "DEEPSPEED"
+    found = quality(folder)
+    assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
 
 
-def test_a_folder_of_something_else_is_left_alone(recipe: Path) -> None:
-    folder = recipe.parent / "runs" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("precious")
-    done = run(recipe)
-    assert done.returncode == 2
-    assert "is no run folder" in done.stderr
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+# ---- The shipped recipe for models on the Hub ----
 
 
-def test_shipped_recipes_are_valid() -> None:
-    from hf_distill.recipe import dump_recipe, load_recipe, parse_recipe
+def test_gpt2_without_the_hub(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = invoke("run", ROOT / "recipes/gpt2.yaml", "--set", f"output_dir={tmp_path}")
+    assert time.monotonic() - begin < 10
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: teacher 'openai-community/gpt2-large' cannot be reached")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
-    paths = sorted((ROOT / "recipes").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        text = dump_recipe(load_recipe(path))
-        assert dump_recipe(parse_recipe(text)) == text
+
+def test_gpt2_with_local_folders(finished: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished / "teacher")
+    tokenizer.model_max_length = 1024
+    for name, layers in (("teacher", 2), ("student", 1)):
+        shape = {"n_layer": layers, "n_embd": 16, "n_head": 2, "n_positions": 1024}
+        config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **shape)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    overrides = {
+        "output_dir": tmp_path / "runs",
+        "teacher.model": tmp_path / "teacher",
+        "student.model": tmp_path / "student",
+        "data.train": finished.parent.parent / "text",
+        "student.lora.r": 2,
+        "train.max_steps": 2,
+        "train.per_device_train_batch_size": 1,
+        "evaluate.speed": "false",
+    }
+    options = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
+    done = invoke("run", ROOT / "recipes/gpt2.yaml", *options)
+    assert done.exit_code == 0, done.output
+    assert "teacher: not in this recipe, skipped" in done.output
+    assert metrics(tmp_path / "runs" / "gpt2")["student"]["perplexity"] > 1
+    # The adapter names the model that it was given, not a copy in the run folder.
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs" / "gpt2" / "student")
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "student")

@@ -6,6 +6,7 @@ from hf_distill.recipe.schema import (
     PretrainSection,
     Recipe,
     StudentSection,
+    TeacherSection,
     TrainSection,
     arguments,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "PretrainSection",
     "Recipe",
     "StudentSection",
+    "TeacherSection",
     "TrainSection",
     "arguments",
     "dump_recipe",

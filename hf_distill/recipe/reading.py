@@ -154,11 +154,12 @@ def _validated(values: dict[str, Any]) -> Recipe:
 
 def _first(error: ValidationError, values: dict[str, Any]) -> str:
     """One line for the first of pydantic's errors; all the ways in which one value does not fit."""
-    path, value = _locate(error.errors()[0]["loc"], values)
+    first = error.errors()[0]
+    if first["type"] == "missing":
+        *parents, name = first["loc"]
+        return f"key {'.'.join([*_locate(parents, values)[0], str(name)])!r} is missing"
+    path, value = _locate(first["loc"], values)
     reasons = [e for e in error.errors() if _locate(e["loc"], values)[0] == path]
-    if reasons[0]["type"] == "missing":
-        *_, name = reasons[0]["loc"]
-        return f"key {'.'.join([*path, str(name)])!r} is missing"
     texts = dict.fromkeys(_reason(reason) for reason in reasons)
     if reasons[0]["type"] == "value_error":  # our own sentences about a whole section
         return f"{'.'.join(path) or 'the recipe'} {next(iter(texts))}"

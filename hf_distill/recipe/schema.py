@@ -92,8 +92,9 @@ def _plain(hint: Any) -> Any:
 
 
 def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> type[Section]:
-    """A section with the fields of an arguments class, all optional, nothing set by itself."""
+    """A section with the fields of an arguments class; None leaves one to Trainer's default."""
     hints = get_type_hints(arguments)
+    of_trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(arguments):
         if not field.init or field.name in RESERVED:
@@ -102,7 +103,8 @@ def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> t
         if field.name == "bf16":
             hint = bool | Literal["auto"]
         description = (field.metadata.get("help") or "").split("\n")[0]
-        default = TRAIN_DEFAULTS.get(field.name)
+        own = None if field.name in of_trainer else field.default
+        default = TRAIN_DEFAULTS.get(field.name, own)
         fields[field.name] = (hint | None, Field(default=default, description=description))
     return create_model(name, __base__=Section, __doc__=doc, **fields)
 
@@ -225,24 +227,33 @@ class Recipe(Section):
     output_dir: str = "runs"
     """Where run folders are made."""
     data: DataConfig
+    """Where rows come from and what is made of them; its keys are in docs/data.md."""
     tokenizer: TokenizerSection = TokenizerSection()
+    """What makes tokens of them. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
+    """Who teaches. A string stands for `teacher.model`."""
     student: StudentSection
+    """What the student is before training. A string stands for `student.model`."""
     baseline: bool = True
     """Also train the student with cross-entropy only, on equal terms."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
+    """How baseline and student are trained: fields of `DistillationArguments`."""
     evaluate: EvaluateSection = EvaluateSection()
+    """What is measured at the end."""
     publish: PublishSection = PublishSection()
+    """Where `hf-distill publish` puts the student."""
 
     @model_validator(mode="before")
     @classmethod
-    def _strings_name_models(cls, values: Any) -> Any:
+    def _short_forms(cls, values: Any) -> Any:
+        """A string for a model; a key without a value, as `train:`, for its default."""
         shorthand = ("tokenizer", "teacher", "student")
         if not isinstance(values, dict):
             return values
         return {
             key: {"model": value} if key in shorthand and isinstance(value, str) else value
             for key, value in values.items()
+            if value is not None
         }
 
     @model_validator(mode="after")
@@ -261,16 +272,9 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """All that the run is decided by, defaults included (of the train sections: those that
-        are set here, and the fields that this library adds)."""
+        """All that the run is decided by, with the defaults of a recipe (not with Trainer's)."""
         dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
-        own = {f.name for f in dataclasses.fields(DistillationArguments)} - {
-            f.name for f in dataclasses.fields(TrainingArguments)
-        }
-        defaults = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
-        dump["train"] = {k: defaults[k] for k in sorted(own - RESERVED.keys())} | arguments(
-            self.train
-        )
+        dump["train"] = arguments(self.train)
         if self.teacher.config is not None:
             dump["teacher"]["train"] = arguments(self.teacher.train or PretrainSection())
         return {key: dump[key] for key in type(self).model_fields}

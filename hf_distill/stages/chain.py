@@ -20,7 +20,7 @@ from hf_distill.stages.training import distil, train_baseline, train_teacher
 def _decide_rows(recipe: Recipe) -> Any:
     source = tokenizer_source(recipe)
     data = recipe.data.model_dump(exclude={"num_proc"})  # which decides how fast, not what
-    tokenizer = [recipe.tokenizer.vocab_size, source, model_stamp(source)]
+    tokenizer = [recipe.tokenizer.vocab_size, source, model_stamp(source[0] if source else None)]
     return [recipe.seed, data, data_stamp(recipe.data), tokenizer, _given_teacher(recipe)]
 
 

@@ -61,12 +61,13 @@ class Stage:
             run.from_main(lambda: _forget(run, self))
             run.say(f"{self.name}: not in this recipe, skipped")
             return
+        work = run.folder / "work" / self.name
         fingerprint = run.from_main(lambda: run.fingerprint(self))
         if run.from_main(lambda: run.is_made(self)):
+            run.from_main(lambda: remove(work))  # what a kill just before the end has left
             run.say(f"{self.name}: unchanged, skipped")
             return
         run.say(f"{self.name}: {self.doing}")
-        work = run.folder / "work" / self.name
         engine = f"{run.state.distributed_type.value} x {run.state.num_processes}"
         run.from_main(lambda: _begin(work, {"fingerprint": fingerprint, "engine": engine}))
         if self.everywhere:

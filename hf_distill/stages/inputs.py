@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from hf_distill.arguments import DistillationArguments
 from hf_distill.data import DataConfig, check_max_length
@@ -17,7 +17,13 @@ from hf_distill.data.sources import find_files, hub_id
 from hf_distill.errors import InputError
 from hf_distill.pretrained import load_tokenizer
 from hf_distill.pretraining import max_positions, model_from_config
-from hf_distill.recipe import PretrainSection, Recipe, arguments
+from hf_distill.recipe import (
+    PretrainSection,
+    Recipe,
+    StudentSection,
+    TeacherSection,
+    arguments,
+)
 from hf_distill.vocabulary import shared_vocabulary
 
 PATIENCE_S = 10.0
@@ -46,7 +52,7 @@ def training_arguments(
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise InputError(f"the train section cannot be used: {_first_line(error)}") from error
+        raise InputError(_first_line(error)) from error
 
 
 def bf16_is_fast(*, cpu: bool) -> bool:
@@ -74,11 +80,20 @@ def check_arguments(recipe: Recipe) -> None:
 # ---- Models, tokenizers and data of others ----
 
 
-def tokenizer_source(recipe: Recipe) -> str | None:
-    """Whose tokenizer makes the tokens; None where one is trained."""
+def tokenizer_source(recipe: Recipe) -> tuple[str, str | None] | None:
+    """Whose tokenizer makes the tokens, and its revision; None where one is trained."""
     if recipe.tokenizer.vocab_size is not None:
         return None
-    return recipe.tokenizer.model or recipe.student.model or recipe.teacher.model
+    if recipe.tokenizer.model is not None:
+        return recipe.tokenizer.model, None
+    section = recipe.student if recipe.student.model is not None else recipe.teacher
+    assert section.model is not None  # the recipe is refused without one
+    return section.model, revision_of(section)
+
+
+def revision_of(section: StudentSection | TeacherSection) -> str | None:
+    """Which version of its model a section asks for."""
+    return section.model_kwargs.get("revision")
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -89,8 +104,7 @@ def check_sources(recipe: Recipe) -> None:
     for role in ("teacher", "student"):
         section = getattr(recipe, role)
         if section.model is not None:
-            revision = section.model_kwargs.get("revision")
-            _check_model(role, section.model, revision, recipe.data.max_length)
+            _check_model(role, section.model, revision_of(section), recipe.data.max_length)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
     for places in (recipe.data.train, recipe.data.eval):
@@ -101,8 +115,9 @@ def check_sources(recipe: Recipe) -> None:
 def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """InputError where the tokenizer does not fit a model, or a model its rows."""
     if recipe.teacher.model is not None:
-        revision = recipe.teacher.model_kwargs.get("revision")
-        theirs = load_tokenizer(recipe.teacher.model, "teacher", revision=revision)
+        theirs = load_tokenizer(
+            recipe.teacher.model, "teacher", revision=revision_of(recipe.teacher)
+        )
         shared_vocabulary(len(tokenizer), len(theirs), tokenizer, theirs)
     for section in (recipe.teacher, recipe.student):
         if section.config is not None:
@@ -119,6 +134,11 @@ def _check_model(role: str, name: str, revision: str | None, max_length: int) ->
             f"{role} {name!r} cannot be loaded ({_first_line(error)}): "
             "give a local folder, or check the id and the connection to the Hub"
         ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{role} {name!r} is a {config.model_type}, which has no language-model head that "
+            "predicts the next token: give a causal language model"
+        )
     check_max_length(max_length, max_positions(config), f"the {role} {name!r}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -40,8 +41,11 @@ PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "pe
 def measure(run: Run, result: Path) -> None:
     """`metrics.json`: every model of the run beside the teacher, on the held-out rows."""
     section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
-    prompts = [_prompt(rows[i], section.prompt_tokens) for i in _spread(rows, section.prompts)]
-    accelerator, teacher = Accelerator(), teacher_of(run)
+    most = min(section.prompt_tokens, run.recipe.data.max_length // 2)  # room to go on
+    prompts = [_prompt(rows[i], most) for i in _spread(rows, section.prompts)]
+    # Said, because the launcher's own setting may be "auto", which only a Trainer understands.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator, teacher = Accelerator(gradient_accumulation_plugin=once), teacher_of(run)
     figures: dict[str, dict[str, float]] = {}
     shown: list[dict[str, str]] = [{} for _ in prompts]
     for role, model in _models(run, teacher):
@@ -61,7 +65,7 @@ def measure(run: Run, result: Path) -> None:
             speed=section.speed,
         )
         if role in ("baseline", "student"):
-            training = read_json(run.folder / role / "training.json")
+            training = read_json(run.folder / role / "training_results.json")
             figures[role]["train_seconds"] = training["train_seconds"]
         if role != "initial" and run.state.is_main_process:
             texts = continuations(
@@ -137,8 +141,8 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
     return CardFacts(
         model_name=recipe.name,
         teacher=recipe.teacher.model or teacher,
-        initial_from=recipe.student.model or student,
-        dataset=recipe.data.train,
+        initial_from=recipe.student.model or _new(recipe) or student,
+        dataset=_named(recipe.data.train),
         objective=_objective(told["train"]),
         metrics=metrics,
         training={"seed": recipe.seed} | _training(recipe, told["train"]),
@@ -146,6 +150,17 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         repo_id=recipe.publish.repo_id,
         adapter=lora,
     )
+
+
+def _new(recipe: Recipe) -> str | None:
+    config = recipe.student.config
+    return f"a {config['model_type']} with random weights" if config else None
+
+
+def _named(places: str | list[str]) -> list[str]:
+    """The training data as a reader knows them."""
+    listed = [places] if isinstance(places, str) else places
+    return ["Python's standard library" if "{stdlib}" in place else place for place in listed]
 
 
 def _objective(train: dict[str, Any]) -> dict[str, Any]:

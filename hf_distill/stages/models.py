@@ -13,6 +13,7 @@ from hf_distill.data import check_max_length
 from hf_distill.pretrained import load_model, load_tokenizer
 from hf_distill.pretraining import max_positions, model_from_config
 from hf_distill.stages.engine import Run
+from hf_distill.stages.inputs import revision_of
 from hf_distill.students import student_from_teacher
 
 
@@ -23,8 +24,10 @@ def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 
 def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
     """The teacher's own, to be compared with the student's."""
-    name = run.recipe.teacher.model
-    return tokenizer_of(run) if name is None else load_tokenizer(name, "teacher")
+    section = run.recipe.teacher
+    if section.model is None:
+        return tokenizer_of(run)
+    return load_tokenizer(section.model, "teacher", revision=revision_of(section))
 
 
 def rows_of(run: Run, split: str) -> Dataset:
@@ -79,13 +82,18 @@ def _new_student(run: Run) -> PreTrainedModel:
 def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
     """The initial student, with fresh adapters where the recipe asks for LoRA."""
     model = student_initial(run)
-    lora = run.recipe.student.lora
+    section = run.recipe.student
+    lora = section.lora
     if lora is None:
         return model
+    if section.model is not None:
+        # What the adapter says that it belongs to, so that it can be used without the run folder.
+        model.name_or_path = section.model
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     set_seed(run.recipe.seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    return get_peft_model(model, config, revision=revision_of(section))
 
 
 def trained(run: Run, role: str) -> PreTrainedModel | PeftModel:

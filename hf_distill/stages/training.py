@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_distill.checkpoints import last_complete_checkpoint
 from hf_distill.data import collator, require_rows
+from hf_distill.figures import compact
 from hf_distill.recipe import PretrainSection, arguments
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import training_arguments
@@ -58,7 +59,6 @@ def _train(
     """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
     recipe, tokenizer = run.recipe, tokenizer_of(run)
     checkpoints = result.parent / "checkpoints"
-    set_seed(recipe.seed)
     args = training_arguments(recipe, options, checkpoints)
     rows = rows_of(run, "train")
     require_rows(rows, args.train_batch_size * args.world_size, "one batch")
@@ -76,6 +76,9 @@ def _train(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    run.say(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step")
     resume = last_complete_checkpoint(checkpoints)
     if resume:
         run.say(f"  resuming from {Path(resume).name}")
@@ -85,7 +88,7 @@ def _train(
         (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
         engine = trainer.accelerator.distributed_type.value
         facts = {"train_seconds": round(clock.seconds, 2), "engine": engine}
-        (result / "training.json").write_text(json.dumps(facts))
+        (result / "training_results.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer
