@@ -2,6 +2,8 @@
 
 from hf_distill.arguments import DistillationArguments
 from hf_distill.errors import InputError
+from hf_distill.evaluation import evaluate_student
+from hf_distill.objective import Term
 from hf_distill.students import student_from_teacher
 from hf_distill.trainer import DistillationTrainer
 
@@ -11,5 +13,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainer",
     "InputError",
+    "Term",
+    "evaluate_student",
     "student_from_teacher",
 ]

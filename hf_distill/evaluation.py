@@ -128,7 +128,9 @@ class _Pair:
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
         if "attention_mask" in inputs:
             inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
-        inputs["input_ids"] = self._known_ids(inputs["input_ids"], inputs.get("attention_mask"))
+        inputs["input_ids"] = vocabulary.known_ids(
+            inputs["input_ids"], inputs.get("attention_mask"), self._readable, "the model"
+        )
         accepted = {k: v for k, v in inputs.items() if k in self._accepted}
         with self._autocast():
             logits = self.student(**accepted, use_cache=False).logits
@@ -137,17 +139,6 @@ class _Pair:
         if self._itself:
             return ours, ours
         return ours, None if self.teacher is None else self.teacher.signal(inputs, mask).logits
-
-    def _known_ids(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Ids that the student's embedding lacks, replaced where masked and refused where real."""
-        unknown = ids >= self._readable
-        real = unknown if attention_mask is None else unknown & (attention_mask != 0)
-        if real.any():
-            raise InputError(
-                f"the model reads ids up to {self._readable - 1}, but an evaluation row has the "
-                f"token id {int(ids[real].max())}: tokenize the rows with the model's own tokenizer"
-            )
-        return ids.masked_fill(unknown, 0)
 
 
 def _quality(

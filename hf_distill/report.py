@@ -243,7 +243,7 @@ def _curves(run_dir: Path) -> list[str]:
     labels = {
         "ce": "Cross-entropy (nats per target)",
         **{name: _divergence_label(name) for name in divergences(histories)},
-        "loss": "Training objective",
+        "loss": "Training objective, each its own",
         "top1_agreement": "Top-1 agreement with the teacher",
     }
     if not any(plots.series(history, "ce") for history in histories.values()):

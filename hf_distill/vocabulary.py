@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
@@ -29,6 +29,24 @@ def embedding_rows(model: PreTrainedModel) -> int:
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
     return model.config.get_text_config().vocab_size
+
+
+def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader: str) -> Tensor:
+    """Ids that an embedding lacks, replaced where they are masked and refused where they are real.
+
+    ids, attention_mask: (rows, positions); readable: how many ids the embedding has
+    reader: who reads them, for the error
+    raises: InputError naming the largest real id that is unknown
+    """
+    unknown = ids >= readable
+    real = unknown if attention_mask is None else unknown & (attention_mask != 0)
+    if real.any():
+        raise InputError(
+            f"{reader} reads ids up to {readable - 1}, but the batch has the token id "
+            f"{int(ids[real].max())}, which its tokenizer lacks: remove it from the data, or "
+            "resize the embedding"
+        )
+    return ids.masked_fill(unknown, 0)
 
 
 def first_difference(

@@ -21,6 +21,8 @@ from hf_distill.data import DataConfig
 
 
 class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, and nothing changes after reading."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
     )

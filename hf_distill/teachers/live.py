@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.errors import InputError
 from hf_distill.objective import Signal
 from hf_distill.pretrained import local_tokenizer
-from hf_distill.vocabulary import embedding_rows, head_rows
+from hf_distill.vocabulary import embedding_rows, head_rows, known_ids
 
 
 class LiveTeacher:
@@ -54,19 +53,12 @@ class LiveTeacher:
         self.model.eval()
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         if self._may_meet_unknown_ids:
-            inputs["input_ids"] = self._known_ids(inputs["input_ids"], inputs.get("attention_mask"))
+            inputs["input_ids"] = known_ids(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                self._readable,
+                f"the teacher {self.name!r}",
+            )
         with self._autocast():
             logits = self.model(**inputs, use_cache=False).logits
         return Signal(logits[targets.to(logits.device)].to(targets.device))
-
-    def _known_ids(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Ids that the embedding lacks, replaced where masked and refused where real."""
-        unknown = ids >= self._readable
-        real = unknown if attention_mask is None else unknown & (attention_mask != 0)
-        if real.any():
-            raise InputError(
-                f"the teacher {self.name!r} reads ids up to {self._readable - 1}, but the batch "
-                f"has the token id {int(ids[real].max())}, which its tokenizer lacks: remove it "
-                "from the data, or resize the teacher's embedding"
-            )
-        return ids.masked_fill(unknown, 0)

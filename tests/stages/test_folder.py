@@ -48,6 +48,7 @@ def test_the_same_file_may_change(source: Path) -> None:
     start(source, "train.alpha=0.25")
     source.write_text(source.read_text() + "seed: 7\n")
     start(source)
+    assert recipe_of(source.parents[1] / "runs/tiny").seed == 7
 
 
 def test_another_file_is_refused_unless_it_says_the_same(source: Path, tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_a_run_folder_and_its_recipe_may_move_together(source: Path, tmp_path: P
             (tmp_path / name).rename(elsewhere / name)
         patch.chdir(elsewhere)
         start(elsewhere / "recipes/tiny.yaml", "seed=7")
+        assert recipe_of(elsewhere / "runs/tiny").seed == 7
 
 
 def test_a_folder_with_other_files_is_left_alone(source: Path, tmp_path: Path) -> None:
