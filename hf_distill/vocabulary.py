@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,11 +84,13 @@ def shared_vocabulary(
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
     shared = min([shared, *map(len, known)])
     if student_tokenizer is None or teacher_tokenizer is None:
-        logger.warning(
-            "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
-            "not known; pass processing_class and teacher_tokenizer to have them checked.",
-            "teacher" if student_tokenizer is not None else "student",
-        )
+        if os.environ.get("RANK", "0") == "0":  # said once, not by every process
+            logger.warning(
+                "The tokens of student and teacher were not compared, since the tokenizer of the "
+                "%s is not known; pass processing_class and teacher_tokenizer to have them "
+                "checked.",
+                "teacher" if student_tokenizer is not None else "student",
+            )
         return shared
     difference = first_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -126,6 +127,12 @@ def test_teachers_without_a_head(
     said = refused(recipe, *with_models(tmp_path / "other", saved))
     assert "is a t5, which has no language-model head" in said
     tiny_llama(tie_word_embeddings=False).model.save_pretrained(tmp_path / "body")
+    said = refused(recipe, *with_models(tmp_path / "body", saved))
+    assert "was saved as a LlamaModel, without a language-model head" in said
+    # A config that does not say what it was saved as is found out when its weights are loaded.
+    config = json.loads((tmp_path / "body" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "body" / "config.json").write_text(json.dumps(config))
     done = run(recipe, "name=body", *with_models(tmp_path / "body", saved))
     assert done.exit_code == 2
     assert "was saved without a language-model head" in done.stderr

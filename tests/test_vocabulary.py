@@ -31,8 +31,14 @@ def test_same_size_but_other_tokens_names_the_first(
 
 
 def test_unknown_tokenizer_warns_once(
-    tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("RANK", "1")  # the first process says it for all
+    assert shared_vocabulary(310, 305, tiny_tokenizer, None) == len(tiny_tokenizer)
+    assert not caplog.records
+    monkeypatch.delenv("RANK")
     with caplog.at_level(logging.WARNING):
         assert shared_vocabulary(310, 305, tiny_tokenizer, None) == len(tiny_tokenizer)
     assert [record.message for record in caplog.records] == [

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedTokenizerBase,
+)
 
 from hf_distill.arguments import DistillationArguments
 from hf_distill.data import DataConfig, check_max_length
@@ -138,6 +143,13 @@ def _check_model(role: str, name: str, revision: str | None, max_length: int) ->
         raise InputError(
             f"{role} {name!r} is a {config.model_type}, which has no language-model head that "
             "predicts the next token: give a causal language model"
+        )
+    backbone = getattr(MODEL_MAPPING[type(config)], "__name__", None)
+    tied = config.get_text_config().tie_word_embeddings
+    if not tied and config.architectures and set(config.architectures) == {backbone}:
+        raise InputError(
+            f"{role} {name!r} was saved as a {backbone}, without a language-model head: "
+            "give a checkpoint of a causal language model"
         )
     check_max_length(max_length, max_positions(config), f"the {role} {name!r}")
 
