@@ -46,6 +46,17 @@ class DistillationArguments(TrainingArguments):
         default=0.1,
         metadata={"help": "How much of the first distribution the skewed KLs mix into the second."},
     )
+    fused_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Make loss and gradients at the output head chunk by chunk, never holding "
+            "whole logits. Where the head is not a plain linear layer, this is off by itself."
+        },
+    )
+    head_memory_mb: int = field(
+        default=160,
+        metadata={"help": "What the logits of student and teacher may take at a time, in MB."},
+    )
     teacher_model_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Passed to from_pretrained where the teacher is an id or a path."},
@@ -98,6 +109,7 @@ class DistillationArguments(TrainingArguments):
             "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
             "temperature": (0 < self.temperature < float("inf"), "above 0"),
             "beta": (0 < self.beta < 1, "strictly between 0 and 1"),
+            "head_memory_mb": (self.head_memory_mb >= 1, "at least 1"),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
         }
         for name, (fits, allowed) in ranges.items():

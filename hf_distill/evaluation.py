@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill import measure, vocabulary
+from hf_distill.blocks import Sparse
 from hf_distill.data import collator
 from hf_distill.errors import InputError
 from hf_distill.metrics import (
@@ -138,7 +139,15 @@ class _Pair:
         del logits  # before the teacher makes its own
         if self._itself:
             return ours, ours
-        return ours, None if self.teacher is None else self.teacher.signal(inputs, mask).logits
+        if self.teacher is None:
+            return ours, None
+        signal = self.teacher.signal(inputs, mask)
+        if isinstance(signal, Sparse):
+            raise InputError(
+                f"the teacher {self.teacher.name!r} names only some outcomes, but these figures "
+                "compare whole distributions: evaluate with a live teacher"
+            )
+        return ours, signal.logits
 
 
 def _quality(

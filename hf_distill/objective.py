@@ -19,29 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_distill.blocks import Sparse, Weights, outcomes
 from hf_distill.divergences import Divergence
+from hf_distill.head import Head, Signal, fused_loss
 from hf_distill.targets import accumulator
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What a teacher says about the targets of one batch.
-
-    logits: (targets, teacher's vocabulary), in any floating dtype
-    """
-
-    logits: Tensor
 
 
 @dataclass(frozen=True)
 class Judgement:
     """The objective over the targets of one micro-batch.
 
-    weighted_sum: 0-dim float64, the sum over targets of the bracket above; carries the gradient
-    per_target: (targets,) float32 each, without gradient: the numbers to log and to evaluate
+    loss: 0-dim, the sum over targets of the bracket above times a scale; carries the gradient
+    per_target: (targets,) each, without gradient: the numbers to log and to evaluate
     """
 
-    weighted_sum: Tensor
+    loss: Tensor
     per_target: dict[str, Tensor]
 
 
@@ -74,39 +66,62 @@ class Objective:
     name: str
     shared_vocabulary: int
 
-    def judge(self, logits: Tensor, labels: Tensor, signal: Signal | None) -> Judgement:
-        """Weigh the student's logits at the targets against their labels and the teacher's signal.
+    def judge(
+        self, logits: Tensor, labels: Tensor, signal: Signal | None, scale: Tensor
+    ) -> Judgement:
+        """Weigh the student's logits at the targets: the plain path, easy to read.
 
         logits: (targets, student's vocabulary); labels: (targets,) int64, none of them ignored
         signal: the teacher on the same targets, or None where only the cross-entropy is wanted
+        scale: 0-dim, what the sum is multiplied by
+        Where gradients are off, `teacher_ce` (over all of the teacher's ids) and `top1_agreement`
+        (1 where both find the same token most likely, else 0) are told beside the objective.
         """
-        ce = F.cross_entropy(logits.float(), labels, reduction="none")
-        per_target = {"ce": ce}
-        weighted = (1 - self.alpha) * precise_sum(ce)
-        if signal is not None:
-            per_target[self.name] = self._divergence(logits, signal.logits)
-            scale = self.alpha * self.temperature**2
-            weighted = weighted + scale * precise_sum(per_target[self.name])
-        detached = {name: values.detach() for name, values in per_target.items()}
-        return Judgement(weighted, detached)
-
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         shared, temperature = self.shared_vocabulary, self.temperature
-        return self.divergence(
-            F.log_softmax(student[:, :shared].float() / temperature, dim=-1),
-            F.log_softmax(teacher[:, :shared].float() / temperature, dim=-1),
-        )
+        per_target = {"ce": F.cross_entropy(logits.float(), labels, reduction="none")}
+        loss = (1 - self.alpha) * precise_sum(per_target["ce"])
+        if signal is not None:
+            log_q = F.log_softmax(logits[:, :shared].float() / temperature, dim=-1)
+            if isinstance(signal, Sparse):
+                per_target[self.name] = self.divergence(*outcomes(log_q, signal))
+            else:
+                theirs = signal.logits.float()
+                log_p = F.log_softmax(theirs[:, :shared] / temperature, dim=-1)
+                per_target[self.name] = self.divergence(log_q, log_p)
+            loss = loss + self.alpha * temperature**2 * precise_sum(per_target[self.name])
+            if not torch.is_grad_enabled() and not isinstance(signal, Sparse):
+                per_target["teacher_ce"] = F.cross_entropy(theirs, labels, reduction="none")
+                same = logits[:, :shared].argmax(-1) == theirs[:, :shared].argmax(-1)
+                per_target["top1_agreement"] = same.float()
+        detached = {name: values.detach() for name, values in per_target.items()}
+        return Judgement(loss * scale, detached)
 
-    def compare(self, logits: Tensor, labels: Tensor, signal: Signal) -> dict[str, Tensor]:
-        """What evaluation reports beside the objective, (targets,) each.
+    def judge_fused(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        signal: Signal | None,
+        scale: Tensor,
+        *,
+        memory_mb: int,
+    ) -> Judgement:
+        """The same from what goes into the student's output head, without whole logits.
 
-        teacher_ce: the teacher's own cross-entropy, over all of its ids
-        top1_agreement: 1 where student and teacher have the same most likely token, else 0
+        hidden: (targets, width); memory_mb: what the logits of both models may take at a time
         """
-        shared = self.shared_vocabulary
-        same = logits[:, :shared].argmax(-1) == signal.logits[:, :shared].argmax(-1)
-        teacher_ce = F.cross_entropy(signal.logits.float(), labels, reduction="none")
-        return {"teacher_ce": teacher_ce, "top1_agreement": same.float()}
+        weights = Weights(
+            ce=1 - self.alpha,
+            divergence=self.alpha,
+            temperature=self.temperature,
+            function=self.divergence,
+            shared=self.shared_vocabulary,
+        )
+        loss, values = fused_loss(
+            hidden, head, labels, signal, weights, scale=scale, memory_mb=memory_mb
+        )
+        renamed = {self.name if k == "divergence" else k: v for k, v in values.items()}
+        return Judgement(loss, renamed)
 
 
 def precise_sum(values: Tensor) -> Tensor:

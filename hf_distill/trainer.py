@@ -9,6 +9,7 @@ computes (`compute_loss`, `prediction_step`), where it reports, and nowhere else
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from hf_distill.artifacts import ArtifactsMixin
 from hf_distill.checkpoints import last_complete_checkpoint
 from hf_distill.divergences import Divergence, named_divergence
 from hf_distill.errors import InputError
-from hf_distill.objective import Judgement, Objective, Signal, Term, precise_sum, sum_by_row
+from hf_distill.head import Head
+from hf_distill.objective import Judgement, Objective, Term, precise_sum, sum_by_row
 from hf_distill.pretrained import load_model
+from hf_distill.stand_in import StandIn, UnusualHead
 from hf_distill.targets import (
     DENOMINATORS,
     IGNORE,
@@ -37,6 +40,8 @@ from hf_distill.targets import (
 )
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
+
+logger = logging.getLogger(__name__)
 
 Denominators = dict[str, Tensor]
 
@@ -81,7 +86,12 @@ class DistillationMixin(ArtifactsMixin):
             )
         if isinstance(model, str | Path):
             model = load_model(model, "student", **args.model_kwargs("student"))
-        self.teacher = as_teacher(teacher, teacher_tokenizer, **args.model_kwargs("teacher"))
+        self.teacher = as_teacher(
+            teacher,
+            teacher_tokenizer,
+            whole_logits=not args.fused_head,
+            **args.model_kwargs("teacher"),
+        )
         if self.teacher is None and args.alpha > 0:
             raise InputError(
                 f"alpha is {args.alpha}, but there is no teacher to learn from: "
@@ -91,6 +101,7 @@ class DistillationMixin(ArtifactsMixin):
         super().__init__(model=model, args=args, **trainer_arguments)
         self._accepted_by_student = _forward_parameters(self.model)
         self.objective = self._make_objective()
+        self._stand_in = self._find_head()
         if self.teacher is not None:
             reads = embedding_rows(_unwrapped(self.model))
             self.teacher.prepare(self.accelerator, student_reads=reads)
@@ -145,18 +156,18 @@ class DistillationMixin(ArtifactsMixin):
                 f"the batch has no labels, only {', '.join(inputs)}: the loss is taken where a "
                 "label is; add a labels column, or a collator that makes one"
             )
-        judgement, terms, outputs, _ = self._judge(model, inputs)
         counts = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
         assert counts is not None  # there are labels
         averaged = self.args.average_tokens_across_devices
-        scale = self.accelerator.num_processes if averaged else 1
-        targets = counts["targets"]
-        parts = {k: scale * precise_sum(v) / targets for k, v in judgement.per_target.items()}
-        loss = scale * judgement.weighted_sum / targets
+        processes = self.accelerator.num_processes if averaged else 1
+        scale = processes / counts["targets"].to(accumulator(counts["targets"]))
+        judgement, terms, outputs = self._judge(model, inputs, scale, whole_logits=return_outputs)
+        parts = {name: scale * precise_sum(v) for name, v in judgement.per_target.items()}
+        loss = judgement.loss
         for name, term in terms.items():
             mean = precise_sum(term.row_sums) / counts[term.denominator]
-            parts[name] = scale * mean.detach()
-            loss = loss + scale * term.weight * mean
+            parts[name] = processes * mean.detach()
+            loss = loss + processes * term.weight * mean
         loss = loss.float()
         if model.training:
             self._keep_parts(parts)
@@ -164,11 +175,15 @@ class DistillationMixin(ArtifactsMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _judge(
-        self, model: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[Judgement, dict[str, Term], Any, Signal | None]:
-        """One forward of student and teacher: the objective's sums before any division."""
+        self, model: nn.Module, inputs: Mapping[str, Any], scale: Tensor, *, whole_logits: bool
+    ) -> tuple[Judgement, dict[str, Term], Any]:
+        """One forward of teacher and student: the objective's sums, times the scale.
+
+        whole_logits: somebody wants to see `outputs.logits`
+        """
         labels = target_labels(inputs)
         targets = labels != IGNORE
+        labels = labels[targets]
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         counts_positions = "position_ids" in self._accepted_by_student
         if counts_positions and "position_ids" not in inputs and "attention_mask" in inputs:
@@ -176,9 +191,27 @@ class DistillationMixin(ArtifactsMixin):
         signal = None
         if self.teacher is not None and (self.args.alpha > 0 or not model.training):
             signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
+
+        def at_the_head(hidden: Tensor, head: Head) -> tuple[Judgement, Tensor]:
+            memory_mb = self.args.head_memory_mb
+            judgement = self.objective.judge_fused(
+                hidden[targets], head, labels, signal, scale, memory_mb=memory_mb
+            )
+            return judgement, judgement.loss
+
+        if self._stand_in is not None and not whole_logits:
+            try:
+                outputs, judgement = self._stand_in.run(model, inputs, at_the_head)
+            except UnusualHead as reason:
+                self._stand_in = None
+                self._warn_of_whole_logits(reason)
+            else:
+                loss = judgement.loss + 0.0 * outputs.logits.sum()
+                judgement = Judgement(loss, judgement.per_target)
+                return judgement, self.extra_terms(inputs, outputs), outputs
         outputs = model(**inputs, use_cache=False)
-        judgement = self.objective.judge(outputs.logits[targets], labels[targets], signal)
-        return judgement, self.extra_terms(inputs, outputs), outputs, signal
+        judgement = self.objective.judge(outputs.logits[targets], labels, signal, scale)
+        return judgement, self.extra_terms(inputs, outputs), outputs
 
     def _refuse_non_finite(self, loss: Tensor) -> None:
         """Stop all ranks together at a NaN, before the optimizer and the log filter see it.
@@ -253,14 +286,13 @@ class DistillationMixin(ArtifactsMixin):
         inputs = self._prepare_inputs(inputs)
         labels = target_labels(inputs)
         targets = labels != IGNORE
+        scale = 1 / targets.sum().clamp(min=1).to(accumulator(targets))
         with torch.no_grad(), self.compute_loss_context_manager():
-            judgement, terms, outputs, signal = self._judge(model, inputs)
-            values = dict(judgement.per_target)
-            if signal is not None:
-                at_targets = outputs.logits[targets], labels[targets]
-                values |= self.objective.compare(*at_targets, signal)
+            judgement, terms, outputs = self._judge(
+                model, inputs, scale, whole_logits=not prediction_loss_only
+            )
         rows, row_of = len(labels), targets.nonzero()[:, 0]
-        sums = {name: sum_by_row(value, row_of, rows) for name, value in values.items()}
+        sums = {k: sum_by_row(v, row_of, rows) for k, v in judgement.per_target.items()}
         sums |= {name: term.row_sums for name, term in terms.items()}
         self._terms = {name: (term.denominator, term.weight) for name, term in terms.items()}
         sums |= dict(zip(DENOMINATORS, count_by_row(inputs).unbind(-1), strict=True))
@@ -269,7 +301,7 @@ class DistillationMixin(ArtifactsMixin):
         gathered = self.accelerator.gather_for_metrics(table)
         for name, total in zip(sums, gathered.sum(0), strict=True):
             self._evaluated[name] = self._evaluated.get(name, 0.0) + total
-        loss = (judgement.weighted_sum / targets.sum().clamp(min=1)).float()
+        loss = judgement.loss.float()
         if prediction_loss_only:
             return loss, None, None
         config = _unwrapped(self.model).config
@@ -324,6 +356,24 @@ class DistillationMixin(ArtifactsMixin):
         name = getattr(function, "__name__", "divergence")
         name = name if name.isidentifier() else "divergence"  # a lambda is called "<lambda>"
         return Objective(self.args.alpha, self.args.temperature, divergence, name, shared)
+
+    def _find_head(self) -> StandIn | None:
+        """The place of the student's output head, where the loss can be made inside it."""
+        if not self.args.fused_head:
+            return None
+        try:
+            if type(self).extra_terms is not DistillationMixin.extra_terms:
+                raise UnusualHead("extra_terms may look at its logits")
+            if self.args.torch_compile:
+                raise UnusualHead("it is compiled as a whole")
+            return StandIn(_unwrapped(self.model))
+        except UnusualHead as reason:
+            self._warn_of_whole_logits(reason)
+            return None
+
+    def _warn_of_whole_logits(self, reason: UnusualHead) -> None:
+        if self.is_world_process_zero():
+            logger.warning("The student makes all of its logits at once, since %s.", reason)
 
     def _suppress_ids_without_token(self) -> None:
         """Head rows beyond the tokenizer (padding) are never generated from a saved student."""

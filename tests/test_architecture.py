@@ -10,7 +10,7 @@ import hf_distill
 PACKAGE = Path(hf_distill.__file__).parent
 
 FLOORS = (
-    {"errors", "divergences", "targets", "head", "features"},
+    {"errors", "divergences", "targets", "gradients", "blocks", "head", "features"},
     {
         "pretrained",
         "checkpoints",
@@ -18,6 +18,7 @@ FLOORS = (
         "vocabulary",
         "students",
         "pretraining",
+        "stand_in",
         "data",
         "recording",
     },
@@ -31,7 +32,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ORDER = {
     "pretrained": 0, "errors": 0, "checkpoints": 0, "figures": 0, "arguments": 0, "measure": 0,
     "artifacts": 1,
-    "divergences": 1, "targets": 1, "objective": 1, "vocabulary": 1, "pretraining": 1,
+    "divergences": 1, "targets": 1, "gradients": 2, "blocks": 3, "head": 4,
+    "stand_in": 1, "objective": 1, "vocabulary": 1, "pretraining": 1,
     "plots": 1, "card": 2, "data": 2, "students": 2, "trainer": 2, "evaluation": 2,
     "hub": 3, "report": 3, "stages": 0, "cli": 1, "recipe": 1,
 }  # fmt: skip

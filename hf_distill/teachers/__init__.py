@@ -18,17 +18,20 @@ __all__ = ["LiveTeacher", "Teacher", "as_teacher"]
 def as_teacher(
     teacher: PreTrainedModel | Teacher | str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    whole_logits: bool = False,
     **model_kwargs: Any,
 ) -> Teacher | None:
     """A teacher from whatever a user has at hand; None stays None.
 
-    tokenizer: the teacher's; model_kwargs: for `from_pretrained`, where it is an id or a path
+    tokenizer: the teacher's; whole_logits: see `LiveTeacher`
+    model_kwargs: for `from_pretrained`, where it is an id or a path
     raises: InputError for anything else
     """
     if isinstance(teacher, str | Path):
         teacher = load_model(teacher, "teacher", **model_kwargs)
     if isinstance(teacher, PreTrainedModel):
-        return LiveTeacher(teacher, tokenizer)
+        return LiveTeacher(teacher, tokenizer, whole_logits=whole_logits)
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     raise InputError(

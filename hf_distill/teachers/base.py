@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.objective import Signal
+from hf_distill.head import Signal
 
 
 @runtime_checkable

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +14,37 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.objective import Signal
+from hf_distill.head import Head, Hidden, Logits, Signal
 from hf_distill.pretrained import local_tokenizer
+from hf_distill.stand_in import StandIn, UnusualHead
 from hf_distill.vocabulary import embedding_rows, head_rows, known_ids
+
+logger = logging.getLogger(__name__)
+
+ALL_AT_ONCE = "The teacher makes all of its logits at once, since %s."
 
 
 class LiveTeacher:
     """A causal language model as a teacher.
 
     Its dtype, attention and quantisation are as it was loaded; nothing here changes them.
+    whole_logits: let it make all of its logits, in place of what goes into its output head
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        whole_logits: bool = False,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
+        self._stand_in: StandIn | None = None
+        if not whole_logits:
+            try:
+                self._stand_in = StandIn(model)
+            except UnusualHead as reason:
+                logger.warning(ALL_AT_ONCE, reason)
         self.name = model.config.name_or_path or type(model).__name__
         self.rows = head_rows(model)
         self.tokenizer = tokenizer or local_tokenizer(model.config.name_or_path)
@@ -48,7 +66,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Any], targets: Tensor) -> Signal:
-        """Logits of the targets, (targets, rows of the head)."""
+        """What goes into its output head at the targets; its logits where the head is unusual."""
         # Asserted at each step: a wrapper's .train() elsewhere would switch dropout on again.
         self.model.eval()
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
@@ -60,5 +78,19 @@ class LiveTeacher:
                 f"the teacher {self.name!r}",
             )
         with self._autocast():
+            if self._stand_in is not None:
+                try:
+                    return self._stand_in.run(self.model, inputs, partial(_at, targets))[1]
+                except UnusualHead as reason:
+                    self._stand_in = None
+                    logger.warning(ALL_AT_ONCE, reason)
             logits = self.model(**inputs, use_cache=False).logits
-        return Signal(logits[targets.to(logits.device)].to(targets.device))
+        return Logits(logits[targets.to(logits.device)].to(targets.device))
+
+
+def _at(targets: Tensor, hidden: Tensor, head: Head) -> tuple[Hidden, None]:
+    """The head's inputs at the targets, in the dtype that it would multiply them in."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    states = hidden[targets.to(hidden.device)].to(targets.device, dtype)
+    return Hidden(states, head), None

@@ -1,0 +1,164 @@
+"""Value and gradient of the objective for a few targets whose logits are at hand.
+
+This is what happens between the matrix products of the fused head (`hf_distill.head`), which
+hands over blocks small enough for the processor's cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.divergences import Divergence
+from hf_distill.gradients import gradient_of
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A teacher that names some outcomes, and the probability of all others together.
+
+    ids: (targets, k) int64, -1 where a target has fewer than k; the first is always there
+    log_probs: (targets, k) at the objective's temperature; log_tail: (targets,), finite
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+
+    def __getitem__(self, rows: slice) -> Sparse:
+        return Sparse(self.ids[rows], self.log_probs[rows], self.log_tail[rows])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each target costs: ce * CE + divergence * temperature^2 * D(p^T, q^T).
+
+    D runs over the first `shared` ids, CE over all; see `hf_distill.objective`.
+    """
+
+    ce: float
+    divergence: float
+    temperature: float
+    function: Divergence
+    shared: int
+
+
+def judge(
+    logits: Tensor, labels: Tensor, teacher: Tensor | Sparse | None, weights: Weights
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`ce` and, with a teacher, `divergence`, (n,) each; and the cost's gradient by the logits.
+
+    logits: (n, ids) float32 or float64; labels: (n,) int64
+    teacher: its logits, (n, at least the shared ids), in the same dtype; or a sparse teacher
+    returns: values by name, and the gradient (n, ids)
+    """
+    column, temperature, shared = labels[:, None], weights.temperature, weights.shared
+    log_q = F.log_softmax(logits, -1)
+    q = log_q.exp()
+    values = {"ce": -log_q.gather(1, column)[:, 0]}
+    if teacher is None:
+        return values, _minus_label(q.mul_(weights.ce), column, weights.ce)
+    # D's gradient by z / T meets T^2 / T.
+    weight = weights.divergence * temperature
+    if temperature == 1.0 and shared == logits.shape[1]:
+        value, slope = _compare(log_q, q, teacher, weights)
+        gradient = slope.mul_(weight).add_(q, alpha=weights.ce)
+    else:
+        log_soft = F.log_softmax(logits[:, :shared] / temperature, -1)
+        value, slope = _compare(log_soft, log_soft.exp(), teacher, weights)
+        gradient = q.mul_(weights.ce)
+        gradient[:, :shared].add_(slope, alpha=weight)
+    return values | {"divergence": value}, _minus_label(gradient, column, weights.ce)
+
+
+def values_only(
+    logits: Tensor, labels: Tensor, teacher: Tensor | Sparse | None, weights: Weights
+) -> dict[str, Tensor]:
+    """The same values without a gradient; also what evaluation reports beside them.
+
+    With a teacher's logits: `teacher_ce`, over all of its ids, and `top1_agreement`, 1 where both
+    find the same token most likely.
+    """
+    temperature, shared = weights.temperature, weights.shared
+    values = {"ce": F.cross_entropy(logits, labels, reduction="none")}
+    if teacher is None:
+        return values
+    log_q = F.log_softmax(logits[:, :shared] / temperature, -1)
+    if isinstance(teacher, Sparse):
+        values["divergence"] = weights.function(*outcomes(log_q, teacher))
+    else:
+        log_p = F.log_softmax(teacher[:, :shared] / temperature, -1)
+        values["divergence"] = weights.function(log_q, log_p)
+        values["teacher_ce"] = F.cross_entropy(teacher, labels, reduction="none")
+        same = logits[:, :shared].argmax(-1) == teacher[:, :shared].argmax(-1)
+        values["top1_agreement"] = same.to(logits.dtype)
+    return values
+
+
+def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
+    return gradient.scatter_add_(1, column, torch.full_like(column, -weight, dtype=gradient.dtype))
+
+
+def _compare(
+    log_q: Tensor, q: Tensor, teacher: Tensor | Sparse, weights: Weights
+) -> tuple[Tensor, Tensor]:
+    """The divergence and its gradient by the softened logits."""
+    if isinstance(teacher, Sparse):
+        return _sparse(log_q, q, teacher, weights.function)
+    log_p = F.log_softmax(teacher[:, : weights.shared] / weights.temperature, -1)
+    return gradient_of(weights.function)(log_q, q, log_p, log_p.exp())
+
+
+# ---- Sparse teachers ----
+
+
+def outcomes(log_q: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
+    """Student and teacher over the k named outcomes and one for all others, (n, k + 1) each.
+
+    log_q: (n, shared ids) log-probabilities. The tail is summed over the ids that are in it: one
+    minus the named probabilities would cancel. Autograd can differentiate this.
+    """
+    named, slots = _slots(teacher)
+    log_p = _log_probs(teacher)
+    of_named = torch.where(named, log_q.gather(1, slots), log_p[:, :-1])
+    of_tail = log_q.scatter(1, slots, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([of_named, of_tail.clamp(min=-80.0)], -1), log_p
+
+
+def _sparse(
+    log_q: Tensor, q: Tensor, teacher: Sparse, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The divergence over these outcomes; those of the tail share its gradient.
+
+    With g the derivative of D by the k + 1 log-probabilities and G their sum, dD/dz_i is
+    g_i - q_i G for a named id, and g_tail q_i / q_tail - q_i G for any other.
+    """
+    ours, theirs = outcomes(log_q, teacher)
+    leaf = ours.detach().requires_grad_()
+    with torch.enable_grad():
+        value = divergence(leaf, theirs)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    named, slots = _slots(teacher)
+    slope, of_tail = slope[:, :-1] * named, slope[:, -1:]
+    total = slope.sum(-1, keepdim=True) + of_tail
+    of_named = slope - q.gather(1, slots) * total
+    # An unused slot repeats the first id, and so writes the first id's value once more.
+    of_named = torch.where(named, of_named, of_named[:, :1])
+    gradient = q * (of_tail / ours[:, -1:].exp() - total)
+    return value.detach(), gradient.scatter_(1, slots, of_named)
+
+
+def _slots(teacher: Sparse) -> tuple[Tensor, Tensor]:
+    """Which of the k slots are used, and their ids; unused ones point to the first id."""
+    named = teacher.ids >= 0
+    return named, torch.where(named, teacher.ids, teacher.ids[:, :1])
+
+
+def _log_probs(teacher: Sparse) -> Tensor:
+    """(n, k + 1). An unused slot has so small a probability that it weighs nothing."""
+    named = teacher.ids >= 0
+    log_probs = teacher.log_probs.masked_fill(~named, -80.0)
+    return torch.cat([log_probs, teacher.log_tail[:, None]], -1)

@@ -1,0 +1,316 @@
+"""The fused head: a loss of logits that are never held whole.
+
+For N targets and V ids the logits are the largest thing in a training step (N = 1024, V = 150k:
+0.6 GB for each model in float32, several times over in autograd's copies). Here hidden states and
+output heads go in, chunk by chunk; value and gradient come out of the same pass. A live teacher
+costs four matrix products (logits of both models, gradient of the hidden states, gradient of the
+head), a sparse one three, a frozen head one less, evaluation two.
+
+Products run in the dtype that autocast asks for; softmax, sums within a position and the gradient
+of the head in float32 at least; sums over positions in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill import blocks
+from hf_distill.blocks import Sparse, Weights
+from hf_distill.targets import accumulator
+
+# What the rows of one block may take in float32: the second-level cache of a core.
+BLOCK_BYTES = 2**21
+# Rows of the head whose gradient is added up at a time where it needs a float32 copy first.
+SLICE = 8192
+# Float32 copies of a chunk's logits that are alive together where a chunk is one block.
+SCRATCH = 6
+# In float16 the gradient of a logit would underflow; a power of two moves it without rounding.
+FLOAT16_SCALE = 256.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output head, and what its model does to the logits afterwards.
+
+    weight: (ids, width); bias: (ids,)
+    scale: the logits are multiplied by it (Cohere's logit_scale, 1 / Granite's logits_scaling)
+    cap: c in c * tanh(logits / c), Gemma's final soft-capping
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden @ weight.T + bias, all in one dtype."""
+        logits = torch.mm(hidden, self.weight.t(), out=out)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def finish_(self, logits: Tensor) -> Tensor:
+        """Scale and cap, in place."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def slope(self, finished: Tensor) -> Tensor | float:
+        """By how much finished logits change with the product, told from what they have become."""
+        if self.cap is None:
+            return self.scale
+        return (1.0 - (finished / self.cap).square_()).mul_(self.scale)
+
+    def cast(self, dtype: torch.dtype, ids: int | None = None) -> Head:
+        """The same in another dtype, or for the first so many ids only."""
+        bias = None if self.bias is None else self.bias[:ids].to(dtype)
+        return Head(self.weight[:ids].to(dtype), bias, self.scale, self.cap)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A teacher's logits of the targets, (targets, its ids), in any floating dtype."""
+
+    logits: Tensor
+
+    def __getitem__(self, rows: slice) -> Logits:
+        return Logits(self.logits[rows])
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What goes into a teacher's output head, and the head.
+
+    states: (targets, width), in the dtype that their product is to run in
+    """
+
+    states: Tensor
+    head: Head
+
+    def __getitem__(self, rows: slice) -> Hidden:
+        return Hidden(self.states[rows], self.head)
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them at once, (targets, ids)."""
+        with torch.autocast(self.states.device.type, enabled=False):
+            logits = self.head.cast(self.states.dtype).product(self.states)
+            return self.head.finish_(logits.float())
+
+
+Signal = Logits | Hidden | Sparse
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    signal: Signal | None,
+    weights: Weights,
+    *,
+    scale: Tensor,
+    memory_mb: float = 160,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What some targets cost, times `scale`, and the values that it is made of.
+
+    hidden: (targets, width), the student's; labels: (targets,) int64, none of them ignored
+    scale: 0-dim, one over the number of targets in the step
+    memory_mb: how much the logits of both models may take at a time
+    returns: a 0-dim loss that can be differentiated once, by hidden, head.weight and head.bias;
+        and (targets,) each, without gradient, `ce` and with a signal `divergence`. Where gradients
+        are off, also `teacher_ce` and `top1_agreement` (see `blocks.values_only`)
+    raises: RuntimeError at a second backward, since the gradients are made in forward and given
+        away in the first
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    work = _Pass(head, labels, signal, weights, scale, memory_mb, dtype)
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled():
+            loss = _Differentiable.apply(hidden, head.weight, head.bias, work)
+        else:
+            loss, _ = work.run(hidden.to(dtype))
+    return loss, work.values
+
+
+class _Differentiable(torch.autograd.Function):
+    """Makes the gradients in forward, hands them over in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Pass
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        loss, ctx.gradients = work.run(hidden.to(work.dtype), *wanted)
+        ctx.late_scale = work.late_scale
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "second backward through the fused head, whose gradients were made in forward and "
+                "given away in the first: compute the loss again, or set fused_head=False"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = grad_output if ctx.late_scale is None else grad_output * ctx.late_scale
+        # Looking at a number is free on a CPU, and saves a pass over the head's gradient.
+        unchanged = factor.device.type == "cpu" and factor.item() == 1.0
+        for gradient in gradients:
+            if gradient is not None and not unchanged:
+                gradient.mul_(factor)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return *(
+            None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs
+        ), None
+
+
+class _Pass:
+    """One pass over the targets of a micro-batch, chunk by chunk."""
+
+    def __init__(
+        self,
+        head: Head,
+        labels: Tensor,
+        signal: Signal | None,
+        weights: Weights,
+        scale: Tensor,
+        memory_mb: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.labels, self.signal, self.weights = labels, signal, weights
+        self.memory, self.dtype = memory_mb * 2**20, dtype
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.head = head
+        self.scale = scale.to(self.wide)
+        # float16 meets its loss scale in backward only, so what makes gradients small comes there.
+        self.late_scale = self.scale / FLOAT16_SCALE if dtype == torch.float16 else None
+        self.values: dict[str, Tensor] = {}
+
+    def run(
+        self,
+        hidden: Tensor,
+        of_hidden: bool = False,
+        of_weight: bool = False,
+        of_bias: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The loss, and in float32 at least the gradients that are asked for."""
+        gradient = of_hidden or of_weight or of_bias
+        self.head, signal = self.head.cast(self.dtype), self._narrow(all_ids=not gradient)
+        ids = len(self.head.weight)
+        d_hidden = hidden.new_empty(hidden.shape, dtype=self.wide) if of_hidden else None
+        d_weight = hidden.new_zeros(self.head.weight.shape, dtype=self.wide) if of_weight else None
+        d_bias = hidden.new_zeros(ids, dtype=self.wide) if of_bias else None
+        chunks = self._chunks(ids, signal)
+        ours = _Buffer(self.head, chunks[0])
+        theirs = _Buffer(signal.head, chunks[0]) if isinstance(signal, Hidden) else None
+        found = []
+        for chunk in chunks:
+            states = hidden[chunk]
+            logits = ours.product(states)
+            teacher = None if signal is None else signal[chunk]
+            if isinstance(teacher, Hidden):
+                assert theirs is not None
+                teacher = Logits(theirs.product(teacher.states))
+            found.append(self._judge_(logits, self.labels[chunk], teacher, gradient))
+            if d_hidden is not None:
+                d_hidden[chunk] = torch.mm(logits, self.head.weight)
+            if d_weight is not None:
+                # Scaling the few hidden states scales the head's gradient, for nothing.
+                scaled = states if self.late_scale is not None else states * self.scale
+                _add_product_(d_weight, logits, scaled.to(self.dtype))
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=self.wide)
+        for gradient_of in (d_hidden, d_bias):
+            if gradient_of is not None and self.late_scale is None:
+                gradient_of.mul_(self.scale)
+        self.values = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        return self._loss(), (d_hidden, d_weight, d_bias)
+
+    def _narrow(self, all_ids: bool) -> Signal | None:
+        """The signal; of a teacher's head only the rows that the divergence looks at."""
+        signal = self.signal
+        if not isinstance(signal, Hidden):
+            return signal
+        ids = None if all_ids else self.weights.shared
+        return Hidden(signal.states, signal.head.cast(signal.states.dtype, ids))
+
+    def _chunks(self, ids: int, signal: Signal | None) -> list[slice]:
+        """Equal parts of the targets, each with logits that fit into the memory."""
+        row = ids * self.dtype.itemsize
+        if isinstance(signal, Hidden):
+            row += len(signal.head.weight) * signal.states.dtype.itemsize
+        if self.labels.device.type != "cpu":
+            row += SCRATCH * ids * self.wide.itemsize
+        targets = len(self.labels)
+        number = max(1, math.ceil(targets * row / self.memory))
+        size = max(1, math.ceil(targets / number))
+        return [slice(at, min(at + size, targets)) for at in range(0, max(targets, 1), size)]
+
+    def _judge_(
+        self, logits: Tensor, labels: Tensor, teacher: Signal | None, gradient: bool
+    ) -> dict[str, Tensor]:
+        """The values of a chunk, whose logits become the gradient by themselves."""
+        rows = len(logits)
+        if logits.device.type == "cpu":  # elsewhere one launch for all rows is faster
+            rows = max(1, BLOCK_BYTES // (logits.shape[1] * self.wide.itemsize))
+        found = []
+        for at in range(0, max(len(logits), 1), max(rows, 1)):
+            part = slice(at, at + rows)
+            block = self.head.finish_(logits[part].to(self.wide))
+            theirs = None if teacher is None else self._finished(teacher[part])
+            if not gradient:
+                found.append(blocks.values_only(block, labels[part], theirs, self.weights))
+                continue
+            slope = self.head.slope(block)
+            values, block = blocks.judge(block, labels[part], theirs, self.weights)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                block.mul_(slope)
+            if self.late_scale is not None:
+                block.mul_(FLOAT16_SCALE)
+            logits[part] = block
+            found.append(values)
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def _finished(self, teacher: Signal) -> Tensor | Sparse:
+        if isinstance(teacher, Sparse):
+            return teacher
+        assert isinstance(teacher, Logits)
+        logits = teacher.logits.to(self.wide)
+        # What came from a teacher's head is a plain product still; handed-over logits are not.
+        return self.signal.head.finish_(logits) if isinstance(self.signal, Hidden) else logits
+
+    def _loss(self) -> Tensor:
+        weighed = {"ce": self.weights.ce, "divergence": self.weights.divergence}
+        weighed["divergence"] *= self.weights.temperature**2
+        total = self.scale.new_zeros((), dtype=accumulator(self.scale))
+        for name, weight in weighed.items():
+            if name in self.values:
+                total = total + weight * self.values[name].sum(dtype=total.dtype)
+        return (total * self.scale).to(self.wide)
+
+
+class _Buffer:
+    """Memory for the logits of one chunk, used again by the next."""
+
+    def __init__(self, head: Head, longest: slice) -> None:
+        self.head = head
+        self.logits = head.weight.new_empty(longest.stop - longest.start, len(head.weight))
+
+    def product(self, states: Tensor) -> Tensor:
+        return self.head.product(states, out=self.logits[: len(states)])
+
+
+def _add_product_(total: Tensor, logits: Tensor, states: Tensor) -> None:
+    """total += logits.T @ states. A narrow product is made wide a few rows at a time."""
+    if logits.dtype == total.dtype:
+        total.addmm_(logits.t(), states)
+        return
+    for at in range(0, len(total), SLICE):
+        total[at : at + SLICE] += torch.mm(logits[:, at : at + SLICE].t(), states)

@@ -1,0 +1,106 @@
+"""A model's own forward, with something else in the place of its output head.
+
+The fused head needs the hidden states that go into the output head, and the head's weight, at a
+moment when both are there: inside the wrapped model's forward, where DDP's reducer, the gathering
+hooks of ZeRO-3 and FSDP2, autocast and gradient checkpointing do their work as for any forward.
+So the head's `forward` is replaced on the instance, for one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_distill.head import Head
+
+T = TypeVar("T")
+
+# Put in place of logits: small and large ones, so that scaling and capping both show.
+PROBE = (-60.0, -1.0, 0.0, 0.5, 60.0)
+
+
+class UnusualHead(Exception):
+    """This head cannot be replaced, and why."""
+
+
+class StandIn:
+    """The place of a model's output head.
+
+    model: not yet wrapped by an engine
+    raises: UnusualHead unless the head is a plain linear layer
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.module = _linear_head(model)
+        self.scale, self.cap = _after_the_head(model)
+        self._probed = False
+
+    def run(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        use: Callable[[Tensor, Head], tuple[T, Tensor | None]],
+    ) -> tuple[Any, T]:
+        """One forward of the model, wrapped or not, in which `use` takes the head's place.
+
+        use: gets the hidden states (rows, positions, width) and the head, in the forward's own
+            autocast; returns a result, and a loss where one is to be trained on
+        returns: the model's outputs and the result. `outputs.logits` are only there for what hangs
+            on the outputs of a module: they are to be added to the loss, times zero.
+        raises: UnusualHead if the head was not called once, or its logits were changed afterwards
+            in a way that the config does not tell
+        """
+        results: list[T] = []
+
+        def in_place_of_the_head(hidden: Tensor) -> Tensor:
+            head = Head(self.module.weight, self.module.bias, self.scale, self.cap)
+            result, loss = use(hidden, head)
+            results.append(result)
+            probe = torch.tensor(PROBE, device=hidden.device)
+            # Attached to the loss: engines wait for gradients of what a forward returns.
+            logits = probe if loss is None else probe + 0.0 * loss.float()
+            return logits.expand(*hidden.shape[:-1], len(PROBE))
+
+        self.module.forward = in_place_of_the_head  # type: ignore[method-assign, assignment]
+        try:
+            outputs = model(**inputs, use_cache=False)
+        finally:
+            del self.module.forward
+        if len(results) != 1:
+            raise UnusualHead(f"its forward called the output head {len(results)} times, not once")
+        if not self._probed:
+            self._check_probe(outputs.logits)
+            self._probed = True
+        return outputs, results[0]
+
+    def _check_probe(self, logits: Tensor) -> None:
+        found = logits.detach().float().cpu()
+        expected = torch.tensor(PROBE)
+        expected = Head(expected, None, self.scale, self.cap).finish_(expected).expand_as(found)
+        # What is not finite comes from the loss, which is somebody else's to complain about.
+        if found.isfinite().all() and not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
+            raise UnusualHead("it changes its logits in a way that its config does not tell")
+
+
+def _linear_head(model: PreTrainedModel) -> nn.Linear:
+    head: Any = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):  # an adapter trains a copy of the head
+        head = head.modules_to_save[head.active_adapter]
+    if type(head) is not nn.Linear:
+        raise UnusualHead(f"its output head is a {type(head).__name__}, not a plain linear layer")
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        raise UnusualHead("its output head has hooks")
+    return head
+
+
+def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the config tells about the way from the head's product to the logits."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return scale, getattr(config, "final_logit_softcapping", None)
