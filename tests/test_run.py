@@ -245,18 +245,6 @@ def test_deepspeed_on_two_processes(recipe: Path, lora: bool) -> None:
     assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
 
 
-def test_zero2_is_really_on(tmp_path: Path) -> None:
-    """Not inferred from a name: the optimizer's state is split, in memory and in the checkpoint."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    words += ["--config_file", str(ROOT / "recipes" / "accelerate" / "zero2_cpu.yaml")]
-    words += [str(ROOT / "tests" / "zero_worker.py"), str(tmp_path), "2"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["world"] == 2
-    assert len(found["shards"]) == 2
-
-
 # ---- The shipped recipe for models on the Hub ----
 
 
