@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.divergences import Divergence
-from hf_distill.gradients import gradient_of
+from hf_distill.gradients import value_and_slope
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,41 @@ class Weights:
 
 
 def judge(
-    logits: Tensor, labels: Tensor, teacher: Tensor | Sparse | None, weights: Weights
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | Sparse | None,
+    weights: Weights,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`ce` and, with a teacher, `divergence`, (n,) each; and the cost's gradient by the logits.
 
     logits: (n, ids) float32 or float64; labels: (n,) int64
     teacher: its logits, (n, at least the shared ids), in the same dtype; or a sparse teacher
+    out: where to put the gradient; may be the logits' own memory
     returns: values by name, and the gradient (n, ids)
     """
     column, temperature, shared = labels[:, None], weights.temperature, weights.shared
     log_q = F.log_softmax(logits, -1)
-    q = log_q.exp()
     values = {"ce": -log_q.gather(1, column)[:, 0]}
+    q = log_q.exp()
     if teacher is None:
         return values, _minus_label(q.mul_(weights.ce), column, weights.ce)
-    # D's gradient by z / T meets T^2 / T.
+    # D's derivative by z / T meets T^2 / T.
     weight = weights.divergence * temperature
     if temperature == 1.0 and shared == logits.shape[1]:
-        value, slope = _compare(log_q, q, teacher, weights)
-        gradient = slope.mul_(weight).add_(q, alpha=weights.ce)
+        values["divergence"], slope = _compare(log_q, q, teacher, weights)
+        total = slope.sum(-1, keepdim=True)
+        q.mul_(weights.ce - weight * total)
+        gradient = torch.add(q, slope, alpha=weight, out=out)
     else:
-        log_soft = F.log_softmax(logits[:, :shared] / temperature, -1)
-        value, slope = _compare(log_soft, log_soft.exp(), teacher, weights)
+        log_soft = _soft(logits, weights)
+        soft = log_soft.exp()
+        values["divergence"], slope = _compare(log_soft, soft, teacher, weights)
+        total = slope.sum(-1, keepdim=True)
         gradient = q.mul_(weights.ce)
-        gradient[:, :shared].add_(slope, alpha=weight)
-    return values | {"divergence": value}, _minus_label(gradient, column, weights.ce)
+        gradient[:, :shared].add_(slope.addcmul_(soft, -total), alpha=weight)
+    return values, _minus_label(gradient, column, weights.ce)
 
 
 def values_only(
@@ -82,20 +92,26 @@ def values_only(
     With a teacher's logits: `teacher_ce`, over all of its ids, and `top1_agreement`, 1 where both
     find the same token most likely.
     """
-    temperature, shared = weights.temperature, weights.shared
+    shared = weights.shared
     values = {"ce": F.cross_entropy(logits, labels, reduction="none")}
     if teacher is None:
         return values
-    log_q = F.log_softmax(logits[:, :shared] / temperature, -1)
+    log_q = _soft(logits, weights)
     if isinstance(teacher, Sparse):
         values["divergence"] = weights.function(*outcomes(log_q, teacher))
     else:
-        log_p = F.log_softmax(teacher[:, :shared] / temperature, -1)
+        log_p = _soft(teacher, weights)
         values["divergence"] = weights.function(log_q, log_p)
         values["teacher_ce"] = F.cross_entropy(teacher, labels, reduction="none")
         same = logits[:, :shared].argmax(-1) == teacher[:, :shared].argmax(-1)
         values["top1_agreement"] = same.to(logits.dtype)
     return values
+
+
+def _soft(logits: Tensor, weights: Weights) -> Tensor:
+    """Log-probabilities at the temperature, over the shared ids."""
+    shared = logits[:, : weights.shared]
+    return F.log_softmax(shared if weights.temperature == 1.0 else shared / weights.temperature, -1)
 
 
 def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
@@ -105,11 +121,11 @@ def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
 def _compare(
     log_q: Tensor, q: Tensor, teacher: Tensor | Sparse, weights: Weights
 ) -> tuple[Tensor, Tensor]:
-    """The divergence and its gradient by the softened logits."""
+    """The divergence, and s of `hf_distill.gradients`."""
     if isinstance(teacher, Sparse):
         return _sparse(log_q, q, teacher, weights.function)
-    log_p = F.log_softmax(teacher[:, : weights.shared] / weights.temperature, -1)
-    return gradient_of(weights.function)(log_q, q, log_p, log_p.exp())
+    log_p = _soft(teacher, weights)
+    return value_and_slope(weights.function, log_q, log_p)
 
 
 # ---- Sparse teachers ----
@@ -131,24 +147,14 @@ def outcomes(log_q: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
 def _sparse(
     log_q: Tensor, q: Tensor, teacher: Sparse, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over these outcomes; those of the tail share its gradient.
-
-    With g the derivative of D by the k + 1 log-probabilities and G their sum, dD/dz_i is
-    g_i - q_i G for a named id, and g_tail q_i / q_tail - q_i G for any other.
-    """
+    """The divergence over these outcomes, and s: what the tail has is shared out as q is there."""
     ours, theirs = outcomes(log_q, teacher)
-    leaf = ours.detach().requires_grad_()
-    with torch.enable_grad():
-        value = divergence(leaf, theirs)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    value, slope = value_and_slope(divergence, ours, theirs)
     named, slots = _slots(teacher)
-    slope, of_tail = slope[:, :-1] * named, slope[:, -1:]
-    total = slope.sum(-1, keepdim=True) + of_tail
-    of_named = slope - q.gather(1, slots) * total
+    of_tail = slope[:, -1:] / ours[:, -1:].exp()
     # An unused slot repeats the first id, and so writes the first id's value once more.
-    of_named = torch.where(named, of_named, of_named[:, :1])
-    gradient = q * (of_tail / ours[:, -1:].exp() - total)
-    return value.detach(), gradient.scatter_(1, slots, of_named)
+    of_named = torch.where(named, slope[:, :-1], slope[:, :1])
+    return value, (q * of_tail).scatter_(1, slots, of_named)
 
 
 def _slots(teacher: Sparse) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,16 @@
-"""A divergence's value together with its gradient, in closed form and in the memory at hand.
+"""A divergence's value together with its derivative, in closed form.
 
-A *gradient function* takes, for n targets and S shared ids, what student and teacher say there,
+A built-in divergence is a sum over ids, and so is described by two functions of log_q and log_p
+(student and teacher, any shape), element by element:
 
-    log_q, q: (n, S) the student's log-probabilities and probabilities
-    log_p, p: (n, S) the teacher's
+    v, what an id adds to the divergence
+    s = dD / d log_q of that id
 
-and returns the divergence of each target, (n,), and its derivative by the student's logits (the
-ones that q is the softmax of), (n, S). It may overwrite everything but q, and it never divides by
-a probability that has underflowed.
+from which the derivative by the logits z that q is the softmax of is s - q * sum(s). For D as a
+function of q, s = q * dD/dq, up to a multiple of q, which the second term takes away again. No
+form divides by a probability that may have underflowed.
 
-Derivation: for D(q) with q = softmax(z), dD/dz = q * (D' - sum(q * D')), where D' = dD/dq up to a
-constant. `tests/test_gradients.py` compares each with autograd in float64.
+`tests/test_gradients.py` compares each with autograd in float64.
 """
 
 from __future__ import annotations
@@ -24,92 +24,78 @@ from torch import Tensor
 from hf_distill import divergences
 from hf_distill.divergences import Divergence
 
-Gradient = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def gradient_of(divergence: Divergence) -> Gradient:
-    """The closed form of a built-in divergence; autograd for a user's own."""
+def closed_form(divergence: Divergence) -> Form | None:
+    """v and s of a built-in divergence, with its parameter filled in; None for a user's own."""
     function, options = divergence, {}
     if isinstance(divergence, partial) and not divergence.args:
         function, options = divergence.func, divergence.keywords
-    if function in CLOSED_FORMS:
-        return partial(CLOSED_FORMS[function], **options)
-    return partial(by_autograd, divergence)
+    form = CLOSED_FORMS.get(function)
+    return partial(form, **options) if form is not None else None
 
 
-def by_autograd(
-    divergence: Divergence, log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Any divergence of log-probabilities that autograd can differentiate."""
+def value_and_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence of each target, (n,), and s, (n, ids); a user's own through autograd.
+
+    log_q, log_p: (n, ids) log-probabilities
+    """
+    form = closed_form(divergence)
+    if form is not None:
+        v, s = form(log_q, log_p)
+        return v.sum(-1).clamp_(min=0), s
     leaf = log_q.detach().requires_grad_()
     with torch.enable_grad():
         value = divergence(leaf, log_p)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), gradient - q * gradient.sum(-1, keepdim=True)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), slope
 
 
-def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    value = _dot(p, log_p.sub_(log_q))
-    return value.clamp_(min=0), torch.sub(q, p, out=p)
+def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    return (log_p - log_q).mul_(p), p.neg_()
 
 
-def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    ratio = log_q.sub_(log_p)
-    value = _dot(q, ratio)
-    return value.clamp_(min=0), ratio.sub_(value[:, None]).mul_(q)
+def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    s = (log_q - log_p).mul_(log_q.exp())
+    return s, s
 
 
-def _jsd(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, beta: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def _jsd(log_q: Tensor, log_p: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    q, p = log_q.exp(), log_p.exp()
     log_m = _log(torch.lerp(q, p, beta))
-    of_teacher = _dot(p, log_p.sub_(log_m))
-    ratio = log_q.sub_(log_m)
-    of_student = _dot(q, ratio)
-    value = beta * of_teacher + (1 - beta) * of_student
-    return value.clamp_(min=0), ratio.sub_(of_student[:, None]).mul_(q).mul_(1 - beta)
+    s = (log_q - log_m).mul_(q).mul_(1 - beta)
+    return (log_p - log_m).mul_(p).mul_(beta).add_(s), s
 
 
-def _skew_forward_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    m = torch.lerp(q, p, skew).clamp_(min=_tiny(q))
-    share = torch.div(p, m, out=log_q)  # p / m <= 1 / skew
-    value = _dot(p, log_p.sub_(m.log_()))
-    share.sub_(_dot(q, share)[:, None]).mul_(q).mul_(skew - 1)
-    return value.clamp_(min=0), share
+def _skew_forward_kl(log_q: Tensor, log_p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    q, p = log_q.exp(), log_p.exp()
+    m = _positive(torch.lerp(q, p, skew))
+    s = (p / m).mul_(q).mul_(skew - 1)  # p / m <= 1 / skew
+    return (log_p - m.log()).mul_(p), s
 
 
-def _skew_reverse_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    m = torch.lerp(p, q, skew).clamp_(min=_tiny(q))
-    share = torch.div(q, m, out=p)  # q / m <= 1 / skew
-    ratio = log_q.sub_(m.log_())
-    value = _dot(q, ratio)
-    slope = ratio.sub_(share, alpha=skew)
-    return value.clamp_(min=0), slope.sub_(_dot(q, slope)[:, None]).mul_(q)
+def _skew_reverse_kl(log_q: Tensor, log_p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    q, p = log_q.exp(), log_p.exp()
+    m = _positive(torch.lerp(p, q, skew))
+    v = (log_q - m.log()).mul_(q)
+    return v, v - (q / m).mul_(q).mul_(skew)  # q / m <= 1 / skew
 
 
-def _tvd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    difference = torch.sub(q, p, out=p)
-    value = difference.abs().sum(-1).mul_(0.5)
-    sign = difference.sign_().mul_(0.5)
-    return value, sign.sub_(_dot(q, sign)[:, None]).mul_(q)
+def _tvd(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    q = log_q.exp()
+    half = (q - log_p.exp()).mul_(0.5)
+    return half.abs(), half.sign().mul_(0.5).mul_(q)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row: sum(a * b)."""
-    return (a * b).sum(-1)
-
-
-def _tiny(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
+def _positive(probabilities: Tensor) -> Tensor:
+    """Not zero where both distributions have underflowed, and so weigh nothing."""
+    return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny)
 
 
 def _log(probabilities: Tensor) -> Tensor:
-    """In place; finite where both distributions have underflowed, and so weigh nothing."""
-    return probabilities.clamp_(min=_tiny(probabilities)).log_()
+    return _positive(probabilities).log_()
 
 
 CLOSED_FORMS: dict[Divergence, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -34,6 +34,24 @@ FLOAT16_SCALE = 256.0
 
 
 @dataclass(frozen=True)
+class Finish:
+    """What a model does to the product of its head: scale, then c * tanh(logits / c)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        logits = product if self.scale == 1.0 else product * self.scale
+        return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
+
+    def chain_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """From the gradient by the finished logits to the one by the product, in place."""
+        if self.cap is not None:
+            gradient.mul_((logits / self.cap).square_().neg_().add_(1.0))
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+@dataclass(frozen=True)
 class Head:
     """A linear output head, and what its model does to the logits afterwards.
 
@@ -52,19 +70,10 @@ class Head:
         logits = torch.mm(hidden, self.weight.t(), out=out)
         return logits if self.bias is None else logits.add_(self.bias)
 
-    def finish_(self, logits: Tensor) -> Tensor:
-        """Scale and cap, in place."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.cap is not None:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
-
-    def slope(self, finished: Tensor) -> Tensor | float:
-        """By how much finished logits change with the product, told from what they have become."""
-        if self.cap is None:
-            return self.scale
-        return (1.0 - (finished / self.cap).square_()).mul_(self.scale)
+    @property
+    def finish(self) -> Finish:
+        """From the product to the logits."""
+        return Finish(self.scale, self.cap)
 
     def cast(self, dtype: torch.dtype, ids: int | None = None) -> Head:
         """The same in another dtype, or for the first so many ids only."""
@@ -100,7 +109,7 @@ class Hidden:
         """All of them at once, (targets, ids)."""
         with torch.autocast(self.states.device.type, enabled=False):
             logits = self.head.cast(self.states.dtype).product(self.states)
-            return self.head.finish_(logits.float())
+            return self.head.finish(logits.float())
 
 
 Signal = Logits | Hidden | Sparse
@@ -205,7 +214,7 @@ class _Pass:
         self.head, signal = self.head.cast(self.dtype), self._narrow(all_ids=not gradient)
         ids = len(self.head.weight)
         d_hidden = hidden.new_empty(hidden.shape, dtype=self.wide) if of_hidden else None
-        d_weight = hidden.new_zeros(self.head.weight.shape, dtype=self.wide) if of_weight else None
+        d_weight = hidden.new_empty(self.head.weight.shape, dtype=self.wide) if of_weight else None
         d_bias = hidden.new_zeros(ids, dtype=self.wide) if of_bias else None
         chunks = self._chunks(ids, signal)
         ours = _Buffer(self.head, chunks[0])
@@ -224,7 +233,8 @@ class _Pass:
             if d_weight is not None:
                 # Scaling the few hidden states scales the head's gradient, for nothing.
                 scaled = states if self.late_scale is not None else states * self.scale
-                _add_product_(d_weight, logits, scaled.to(self.dtype))
+                add = chunk.start > 0
+                _product_(d_weight, logits, scaled.to(self.dtype), add=add)
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=self.wide)
         for gradient_of in (d_hidden, d_bias):
@@ -263,18 +273,18 @@ class _Pass:
         found = []
         for at in range(0, max(len(logits), 1), max(rows, 1)):
             part = slice(at, at + rows)
-            block = self.head.finish_(logits[part].to(self.wide))
+            block = self.head.finish(logits[part].to(self.wide))
             theirs = None if teacher is None else self._finished(teacher[part])
             if not gradient:
                 found.append(blocks.values_only(block, labels[part], theirs, self.weights))
                 continue
-            slope = self.head.slope(block)
-            values, block = blocks.judge(block, labels[part], theirs, self.weights)
-            if isinstance(slope, Tensor) or slope != 1.0:
-                block.mul_(slope)
+            out = logits[part] if logits.dtype == self.wide and self.head.cap is None else None
+            values, slopes = blocks.judge(block, labels[part], theirs, self.weights, out=out)
+            self.head.finish.chain_(slopes, block)
             if self.late_scale is not None:
-                block.mul_(FLOAT16_SCALE)
-            logits[part] = block
+                slopes.mul_(FLOAT16_SCALE)
+            if slopes is not out:
+                logits[part] = slopes
             found.append(values)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
@@ -284,7 +294,7 @@ class _Pass:
         assert isinstance(teacher, Logits)
         logits = teacher.logits.to(self.wide)
         # What came from a teacher's head is a plain product still; handed-over logits are not.
-        return self.signal.head.finish_(logits) if isinstance(self.signal, Hidden) else logits
+        return self.signal.head.finish(logits) if isinstance(self.signal, Hidden) else logits
 
     def _loss(self) -> Tensor:
         weighed = {"ce": self.weights.ce, "divergence": self.weights.divergence}
@@ -307,10 +317,12 @@ class _Buffer:
         return self.head.product(states, out=self.logits[: len(states)])
 
 
-def _add_product_(total: Tensor, logits: Tensor, states: Tensor) -> None:
-    """total += logits.T @ states. A narrow product is made wide a few rows at a time."""
+def _product_(total: Tensor, logits: Tensor, states: Tensor, *, add: bool) -> None:
+    """total (+)= logits.T @ states. A narrow product is made wide some rows at a time."""
     if logits.dtype == total.dtype:
-        total.addmm_(logits.t(), states)
+        torch.addmm(total, logits.t(), states, beta=float(add), out=total)
         return
     for at in range(0, len(total), SLICE):
-        total[at : at + SLICE] += torch.mm(logits[:, at : at + SLICE].t(), states)
+        part = slice(at, at + SLICE)
+        product = torch.mm(logits[:, part].t(), states)
+        total[part].add_(product) if add else total[part].copy_(product)
