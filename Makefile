@@ -30,5 +30,14 @@ test: lint  ## the everyday tier, at most 10 minutes on 2 cores
 test-all: lint  ## the full grids, at most an hour
 	$(PYTEST)
 
+$(VENV)/bench: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+bench: $(VENV)/bench  ## speed and memory beside other libraries, about half an hour alone
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/head.py --temperature 2
+	$(BIN)/python benchmarks/step.py --dtype float32,bfloat16
+
 clean:
 	rm -rf $(VENV) runs

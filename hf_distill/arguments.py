@@ -54,7 +54,7 @@ class DistillationArguments(TrainingArguments):
         },
     )
     head_memory_mb: int = field(
-        default=160,
+        default=128,
         metadata={"help": "What the logits of student and teacher may take at a time, in MB."},
     )
     teacher_model_kwargs: dict[str, Any] | str | None = field(

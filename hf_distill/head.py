@@ -123,7 +123,7 @@ def fused_loss(
     weights: Weights,
     *,
     scale: Tensor,
-    memory_mb: float = 160,
+    memory_mb: float = 128,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What some targets cost, times `scale`, and the values that it is made of.
 
