@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import invoke, run, write_recipe
+from run_setup import invoke, run, write_recipe
 from transformers import (
     AutoTokenizer,
     GPT2LMHeadModel,

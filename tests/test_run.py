@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub_server import USER, HubServer
 from peft import AutoPeftModelForCausalLM
-from runs import ROOT, environment, invoke, metrics, quality, run, start, write_recipe
+from run_setup import ROOT, environment, invoke, metrics, quality, run, start, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 STAGES = ("prepare", "teacher", "student", "baseline", "train", "evaluate", "report")
