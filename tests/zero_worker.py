@@ -1,6 +1,7 @@
 """Some steps under DeepSpeed, and what shows that its ZeRO is on: `zero_worker.py FOLDER STAGE`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -64,3 +65,7 @@ if __name__ == "__main__":
         (folder / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    # DeepSpeed 0.19 on CPU now and then aborts in the interpreter's own exit under ZeRO-3 (once in
+    # a few runs). What is tested here is the training, which is over and written down.
+    sys.stdout.flush()
+    os._exit(0)
