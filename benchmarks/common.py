@@ -13,7 +13,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 MB = 2**20
+
+
+CHUNK = 512  # rows at a time: the fastest of 342, 410, 512 and 683 within its memory
+SLICE = 8192
+
+
+@torch.no_grad()
+def four_products(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of both, gradient of the hidden states, of the head in float32; chunk by chunk."""
+    n, ids = len(hidden), len(weight)
+    rows = min(CHUNK, n)
+    ours, theirs = hidden.new_empty(rows, ids), hidden.new_empty(rows, ids)
+    d_hidden = torch.empty_like(hidden)
+    d_weight = torch.empty(weight.shape, device=weight.device)
+    for at in range(0, n, rows):
+        chunk = slice(at, min(at + rows, n))
+        z = torch.mm(hidden[chunk], weight.t(), out=ours[: chunk.stop - at])
+        torch.mm(teacher_hidden[chunk], teacher_weight.t(), out=theirs[: chunk.stop - at])
+        torch.mm(z, weight, out=d_hidden[chunk])
+        if d_weight.dtype == z.dtype:
+            torch.addmm(d_weight, z.t(), hidden[chunk], beta=float(at > 0), out=d_weight)
+            continue
+        for v in range(0, ids, SLICE):  # float32 sums of bfloat16 products
+            part = slice(v, v + SLICE)
+            product = torch.mm(z[:, part].t(), hidden[chunk])
+            d_weight[part].add_(product) if at else d_weight[part].copy_(product)
+    return d_hidden, d_weight
 
 
 class Missing(Exception):

@@ -16,7 +16,7 @@ import argparse
 from typing import Any
 
 import torch
-from common import Missing, answer, in_turn, parser, show, timed
+from common import Missing, answer, four_products, in_turn, parser, show, timed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +25,6 @@ from hf_distill.head import Head, Hidden, Weights, fused_loss
 
 VARIANTS = ["floor", "plain", "liger", "trl", "ours"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
-CHUNK = 512  # rows at a time in the floor: the fastest of 342, 410, 512 and 683 within its memory
 
 
 class Problem:
@@ -107,27 +106,12 @@ def trl(problem: Problem) -> Tensor:
     return values.mean() * p.temperature**2
 
 
-@torch.no_grad()
 def floor(problem: Problem) -> None:
-    """Logits of both, gradient of the hidden states, gradient of the head; chunk by chunk."""
     p = problem
-    n, ids = len(p.labels), len(p.weight)
-    rows = min(CHUNK, n)
-    ours, theirs = p.hidden.new_empty(rows, ids), p.hidden.new_empty(rows, ids)
-    d_hidden, d_weight = torch.empty_like(p.hidden), torch.empty(p.weight.shape)
-    for at in range(0, n, rows):
-        chunk = slice(at, min(at + rows, n))
-        z = torch.mm(p.hidden[chunk], p.weight.t(), out=ours[: chunk.stop - at])
-        torch.mm(p.teacher_hidden[chunk], p.teacher_weight.t(), out=theirs[: chunk.stop - at])
-        torch.mm(z, p.weight, out=d_hidden[chunk])
-        if d_weight.dtype == z.dtype:
-            torch.addmm(d_weight, z.t(), p.hidden[chunk], beta=float(at > 0), out=d_weight)
-            continue
-        for v in range(0, ids, 8192):  # float32 sums of bfloat16 products
-            part = slice(v, v + 8192)
-            product = torch.mm(z[:, part].t(), p.hidden[chunk])
-            d_weight[part].add_(product) if at else d_weight[part].copy_(product)
-    d_weight.to(p.weight.dtype)
+    _, d_weight = four_products(
+        p.hidden.detach(), p.weight.detach(), p.teacher_hidden, p.teacher_weight
+    )
+    d_weight.to(p.weight.dtype)  # in the dtype that the others hand it out in
 
 
 def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +126,7 @@ def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
             lambda: losses.append(problem.gradients(function(problem)).item()), options.repeats
         )
         loss = losses[-1]
-    if variant == "trl" and options.check:  # what it leaves out, told by plain PyTorch
+    if variant == "trl":  # what it leaves out, told by plain PyTorch
         whole = torch.autograd.grad(plain(problem, 0.0, 1.0), (problem.hidden, problem.weight))
         norm = torch.stack([g.float().norm() for g in whole]).norm().item()
         agree("trl", problem.norm, norm, options.dtype)
@@ -174,7 +158,6 @@ def main() -> None:
     arguments.add_argument("--width", type=int, default=768)
     arguments.add_argument("--teacher-width", type=int, default=1280)
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--check", type=int, default=1, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.worker:
         answer(lambda: worker(options.worker, options))

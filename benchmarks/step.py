@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from common import Missing, answer, forget_peak, in_turn, memory_mb, parser, show
+from common import Missing, answer, forget_peak, four_products, in_turn, memory_mb, parser, show
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -41,7 +41,6 @@ SHAPES = {
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2},
 }
-CHUNK = 512
 
 
 def model(name: str, seed: int, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
@@ -134,7 +133,6 @@ def floor(options: argparse.Namespace) -> list[float]:
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)
     data, seconds = rows(options), []
-    slope = None
     for step in range(options.repeats + 2):
         batch = collate(data[step * options.batch : (step + 1) * options.batch])["input_ids"]
         start = time.perf_counter()
@@ -142,20 +140,14 @@ def floor(options: argparse.Namespace) -> list[float]:
             with torch.no_grad():
                 theirs = teacher.transformer(batch, use_cache=False)[0].flatten(0, 1)
             hidden = student.transformer(batch, use_cache=False)[0]
-        ours = hidden.detach().flatten(0, 1).to(dtype)
-        weight = student.lm_head.weight.detach().to(dtype)
-        of_head = torch.empty_like(student.lm_head.weight)
-        slope = torch.empty(ours.shape, dtype=dtype)
-        z = torch.empty(CHUNK, len(weight), dtype=dtype)
-        for at in range(0, len(ours), CHUNK):
-            part = slice(at, at + CHUNK)
-            torch.mm(theirs[part].to(dtype), teacher.lm_head.weight.t(), out=z)
-            torch.mm(ours[part], weight.t(), out=z)
-            torch.mm(z, weight, out=slope[part])
-            product = torch.mm(z.t(), ours[part])
-            of_head.add_(product) if at else of_head.copy_(product)
-        hidden.backward(torch.zeros_like(hidden) + slope.view_as(hidden) * 0)
-        student.lm_head.weight.grad.add_(of_head, alpha=0.0)
+        slope, of_head = four_products(
+            hidden.detach().flatten(0, 1).to(dtype),
+            student.lm_head.weight.detach().to(dtype),
+            theirs.to(dtype),
+            teacher.lm_head.weight,
+        )
+        hidden.backward(slope.view_as(hidden).to(hidden.dtype))
+        student.lm_head.weight.grad.add_(of_head)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -166,6 +158,7 @@ def floor(options: argparse.Namespace) -> list[float]:
 def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     forget_peak()
+    before = memory_mb("VmRSS")
     loss = norm = float("nan")
     if variant == "floor":
         seconds = floor(options)
@@ -182,7 +175,7 @@ def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         "temperature": 1.0,
         "seconds": statistics.median(seconds[2:]),
         "peak_mb": memory_mb("VmHWM"),
-        "extra_mb": 0.0,
+        "extra_mb": memory_mb("VmHWM") - before,
         "loss": float(loss),
         "grad_norm": float(norm),
     }

@@ -64,7 +64,7 @@ def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _jsd(log_q: Tensor, log_p: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     q, p = log_q.exp(), log_p.exp()
-    log_m = _log(torch.lerp(q, p, beta))
+    log_m = _positive(torch.lerp(q, p, beta)).log_()
     s = (log_q - log_m).mul_(q).mul_(1 - beta)
     return (log_p - log_m).mul_(p).mul_(beta).add_(s), s
 
@@ -92,10 +92,6 @@ def _tvd(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 def _positive(probabilities: Tensor) -> Tensor:
     """Not zero where both distributions have underflowed, and so weigh nothing."""
     return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny)
-
-
-def _log(probabilities: Tensor) -> Tensor:
-    return _positive(probabilities).log_()
 
 
 CLOSED_FORMS: dict[Divergence, Callable[..., tuple[Tensor, Tensor]]] = {

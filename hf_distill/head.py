@@ -35,7 +35,11 @@ FLOAT16_SCALE = 256.0
 
 @dataclass(frozen=True)
 class Finish:
-    """What a model does to the product of its head: scale, then c * tanh(logits / c)."""
+    """What a model does to the product of its head.
+
+    scale: multiplies it (Cohere's logit_scale, 1 / Granite's logits_scaling)
+    cap: c in c * tanh(logits / c), Gemma's final soft-capping
+    """
 
     scale: float = 1.0
     cap: float | None = None
@@ -56,29 +60,21 @@ class Head:
     """A linear output head, and what its model does to the logits afterwards.
 
     weight: (ids, width); bias: (ids,)
-    scale: the logits are multiplied by it (Cohere's logit_scale, 1 / Granite's logits_scaling)
-    cap: c in c * tanh(logits / c), Gemma's final soft-capping
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
+    finish: Finish = Finish()
 
     def product(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden @ weight.T + bias, all in one dtype."""
         logits = torch.mm(hidden, self.weight.t(), out=out)
         return logits if self.bias is None else logits.add_(self.bias)
 
-    @property
-    def finish(self) -> Finish:
-        """From the product to the logits."""
-        return Finish(self.scale, self.cap)
-
     def cast(self, dtype: torch.dtype, ids: int | None = None) -> Head:
         """The same in another dtype, or for the first so many ids only."""
         bias = None if self.bias is None else self.bias[:ids].to(dtype)
-        return Head(self.weight[:ids].to(dtype), bias, self.scale, self.cap)
+        return Head(self.weight[:ids].to(dtype), bias, self.finish)
 
 
 @dataclass(frozen=True)
@@ -136,15 +132,20 @@ def fused_loss(
     raises: RuntimeError at a second backward, since the gradients are made in forward and given
         away in the first
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = product_dtype(hidden)
     work = _Pass(head, labels, signal, weights, scale, memory_mb, dtype)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled():
             loss = _Differentiable.apply(hidden, head.weight, head.bias, work)
         else:
             loss, _ = work.run(hidden.to(dtype))
     return loss, work.values
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would multiply these states in, here and now."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _Differentiable(torch.autograd.Function):
@@ -278,7 +279,9 @@ class _Pass:
             if not gradient:
                 found.append(blocks.values_only(block, labels[part], theirs, self.weights))
                 continue
-            out = logits[part] if logits.dtype == self.wide and self.head.cap is None else None
+            out = (
+                logits[part] if logits.dtype == self.wide and self.head.finish.cap is None else None
+            )
             values, slopes = blocks.judge(block, labels[part], theirs, self.weights, out=out)
             self.head.finish.chain_(slopes, block)
             if self.late_scale is not None:

@@ -36,7 +36,7 @@ class StandIn:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.module = _linear_head(model)
-        self.scale, self.cap = _after_the_head(model)
+        self.finish = _after_the_head(model)
         self._probed = False
 
     def run(
@@ -57,7 +57,7 @@ class StandIn:
         results: list[T] = []
 
         def in_place_of_the_head(hidden: Tensor) -> Tensor:
-            head = Head(self.module.weight, self.module.bias, self.scale, self.cap)
+            head = Head(self.module.weight, self.module.bias, self.finish)
             result, loss = use(hidden, head)
             results.append(result)
             probe = torch.tensor(PROBE, device=hidden.device)
@@ -80,7 +80,7 @@ class StandIn:
     def _check_probe(self, logits: Tensor) -> None:
         found = logits.detach().float().cpu()
         expected = torch.tensor(PROBE)
-        expected = Finish(self.scale, self.cap)(expected).expand_as(found)
+        expected = self.finish(expected).expand_as(found)
         # What is not finite comes from the loss, which is somebody else's to complain about.
         if found.isfinite().all() and not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
             raise UnusualHead("it changes its logits in a way that its config does not tell")
@@ -97,10 +97,10 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def _after_the_head(model: PreTrainedModel) -> tuple[float, float | None]:
+def _after_the_head(model: PreTrainedModel) -> Finish:
     """What the config tells about the way from the head's product to the logits."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return scale, getattr(config, "final_logit_softcapping", None)
+    return Finish(scale, getattr(config, "final_logit_softcapping", None))

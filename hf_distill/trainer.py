@@ -9,7 +9,6 @@ computes (`compute_loss`, `prediction_step`), where it reports, and nowhere else
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_distill.arguments import DistillationArguments
 from hf_distill.artifacts import ArtifactsMixin
 from hf_distill.checkpoints import last_complete_checkpoint
 from hf_distill.divergences import Divergence, named_divergence
-from hf_distill.errors import InputError
+from hf_distill.errors import InputError, warn_once
 from hf_distill.head import Head
 from hf_distill.objective import Judgement, Objective, Term, precise_sum, sum_by_row
 from hf_distill.pretrained import load_model
@@ -40,8 +39,6 @@ from hf_distill.targets import (
 )
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
-
-logger = logging.getLogger(__name__)
 
 Denominators = dict[str, Tensor]
 
@@ -372,8 +369,7 @@ class DistillationMixin(ArtifactsMixin):
             return None
 
     def _warn_of_whole_logits(self, reason: UnusualHead) -> None:
-        if self.is_world_process_zero():
-            logger.warning("The student makes all of its logits at once, since %s.", reason)
+        warn_once("The student makes all of its logits at once, since %s.", reason)
 
     def _suppress_ids_without_token(self) -> None:
         """Head rows beyond the tokenizer (padding) are never generated from a saved student."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import os
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.errors import InputError
-
-logger = logging.getLogger(__name__)
+from hf_distill.errors import InputError, warn_once
 
 
 def head_rows(model: PreTrainedModel) -> int:
@@ -84,13 +79,11 @@ def shared_vocabulary(
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
     shared = min([shared, *map(len, known)])
     if student_tokenizer is None or teacher_tokenizer is None:
-        if os.environ.get("RANK", "0") == "0":  # said once, not by every process
-            logger.warning(
-                "The tokens of student and teacher were not compared, since the tokenizer of the "
-                "%s is not known; pass processing_class and teacher_tokenizer to have them "
-                "checked.",
-                "teacher" if student_tokenizer is not None else "student",
-            )
+        warn_once(
+            "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
+            "not known; pass processing_class and teacher_tokenizer to have them checked.",
+            "teacher" if student_tokenizer is not None else "student",
+        )
         return shared
     difference = first_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hf_distill import blocks, divergences, head
 from hf_distill.blocks import Sparse, Weights
-from hf_distill.head import Head, Hidden, Logits, Signal, fused_loss
+from hf_distill.head import Finish, Head, Hidden, Logits, Signal, fused_loss
 
 FUNCTIONS = [*DIVERGENCES, oracle.squared_hellinger]
 ENDS: dict[str, dict[str, Any]] = {
@@ -51,8 +51,9 @@ class Batch:
         self.hidden = (make(targets, 8) * size).requires_grad_()
         self.weight = make(ids, 8).requires_grad_()
         self.bias = make(ids).requires_grad_() if bias else None
-        self.head = Head(self.weight, self.bias, scale, cap)
-        self.teacher = Hidden(make(targets, 12) * size, Head(make(theirs, 12), None, scale, cap))
+        finish = Finish(scale, cap)
+        self.head = Head(self.weight, self.bias, finish)
+        self.teacher = Hidden(make(targets, 12) * size, Head(make(theirs, 12), None, finish))
         self.labels = torch.randint(0, self.shared, (targets,))
 
     @property
@@ -74,9 +75,9 @@ class Batch:
 
     def plain(self, weights: Weights, scale: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
         """Whole logits, autograd; the loss, CE and divergence of each target."""
-        z = F.linear(self.hidden, self.weight, self.bias) * self.head.scale
-        if self.head.cap is not None:
-            z = self.head.cap * torch.tanh(z / self.head.cap)
+        z = F.linear(self.hidden, self.weight, self.bias) * self.head.finish.scale
+        if (cap := self.head.finish.cap) is not None:
+            z = cap * torch.tanh(z / cap)
         w, n, temperature = self.teacher.logits.to(z.dtype), self.shared, weights.temperature
         ce = F.cross_entropy(z, self.labels, reduction="none")
         log_q = F.log_softmax(z[:, :n] / temperature, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,12 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.head import Head, Hidden, Logits, Signal
+from hf_distill.errors import warn_once
+from hf_distill.head import Head, Hidden, Logits, Signal, product_dtype
 from hf_distill.pretrained import local_tokenizer
 from hf_distill.stand_in import StandIn, UnusualHead
 from hf_distill.vocabulary import embedding_rows, head_rows, known_ids
-
-logger = logging.getLogger(__name__)
 
 ALL_AT_ONCE = "The teacher makes all of its logits at once, since %s."
 
@@ -44,7 +42,7 @@ class LiveTeacher:
             try:
                 self._stand_in = StandIn(model)
             except UnusualHead as reason:
-                logger.warning(ALL_AT_ONCE, reason)
+                warn_once(ALL_AT_ONCE, reason)
         self.name = model.config.name_or_path or type(model).__name__
         self.rows = head_rows(model)
         self.tokenizer = tokenizer or local_tokenizer(model.config.name_or_path)
@@ -83,14 +81,12 @@ class LiveTeacher:
                     return self._stand_in.run(self.model, inputs, partial(_at, targets))[1]
                 except UnusualHead as reason:
                     self._stand_in = None
-                    logger.warning(ALL_AT_ONCE, reason)
+                    warn_once(ALL_AT_ONCE, reason)
             logits = self.model(**inputs, use_cache=False).logits
         return Logits(logits[targets.to(logits.device)].to(targets.device))
 
 
 def _at(targets: Tensor, hidden: Tensor, head: Head) -> tuple[Hidden, None]:
     """The head's inputs at the targets, in the dtype that it would multiply them in."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    states = hidden[targets.to(hidden.device)].to(targets.device, dtype)
+    states = hidden[targets.to(hidden.device)].to(targets.device, product_dtype(hidden))
     return Hidden(states, head), None
