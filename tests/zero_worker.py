@@ -65,7 +65,7 @@ if __name__ == "__main__":
         (folder / "found.json").write_text(json.dumps(found))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    # After this, 2 of some 80 runs under ZeRO-3 on CPUs ended in "terminate called without an active
-    # exception", with every result written: no clean end yet. What is tested here is the training.
+    # After this, 2 of some 80 runs under ZeRO-3 on CPUs ended in "terminate called without an
+    # active exception", with every result written: no clean end yet. The training is tested here.
     sys.stdout.flush()
     os._exit(0)
