@@ -4,6 +4,7 @@ from hf_distill.arguments import DistillationArguments
 from hf_distill.errors import InputError
 from hf_distill.evaluation import evaluate_student
 from hf_distill.objective import Term
+from hf_distill.recorder import load_recording, record
 from hf_distill.students import student_from_teacher
 from hf_distill.trainer import DistillationTrainer
 
@@ -15,5 +16,7 @@ __all__ = [
     "InputError",
     "Term",
     "evaluate_student",
+    "load_recording",
+    "record",
     "student_from_teacher",
 ]

@@ -57,6 +57,10 @@ class DistillationArguments(TrainingArguments):
         default=128,
         metadata={"help": "What the logits of student and teacher may take at a time, in MB."},
     )
+    mixed_recordings: bool = field(
+        default=False,
+        metadata={"help": "Let rows have recordings of different teachers."},
+    )
     teacher_model_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Passed to from_pretrained where the teacher is an id or a path."},

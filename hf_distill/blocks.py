@@ -33,6 +33,33 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """A teacher of whom some draws are known: unbiased for the forward KL, and for it only.
+
+    ids: (targets, most) int64, -1 beyond a target's own; weights: the same shape, how often each
+        id was drawn over the number of draws, 0 where there is none
+    entropy: (targets,), of the whole distribution
+    Source: RS-KD, arXiv:2503.16870.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    entropy: Tensor
+
+    def __getitem__(self, rows: slice) -> Sampled:
+        return Sampled(self.ids[rows], self.weights[rows], self.entropy[rows])
+
+    def value(self, log_q: Tensor) -> Tensor:
+        """The estimate of the forward KL, (n,); an estimate may be negative."""
+        drawn = log_q.gather(1, self.ids.clamp(min=0))
+        return -self.entropy - (self.weights * drawn).sum(-1)
+
+    def slope(self, log_q: Tensor) -> Tensor:
+        """s of `hf_distill.gradients`, (n, ids)."""
+        return torch.zeros_like(log_q).scatter_add_(1, self.ids.clamp(min=0), -self.weights)
+
+
+@dataclass(frozen=True)
 class Weights:
     """What each target costs: ce * CE + divergence * temperature^2 * D(p^T, q^T).
 
@@ -49,7 +76,7 @@ class Weights:
 def judge(
     logits: Tensor,
     labels: Tensor,
-    teacher: Tensor | Sparse | None,
+    teacher: Tensor | Sparse | Sampled | None,
     weights: Weights,
     *,
     out: Tensor | None = None,
@@ -57,7 +84,7 @@ def judge(
     """`ce` and, with a teacher, `divergence`, (n,) each; and the cost's gradient by the logits.
 
     logits: (n, ids) float32 or float64; labels: (n,) int64
-    teacher: its logits, (n, at least the shared ids), in the same dtype; or a sparse teacher
+    teacher: its logits, (n, at least the shared ids), in the same dtype; or a recorded one
     out: where to put the gradient; may be the logits' own memory
     returns: values by name, and the gradient (n, ids)
     """
@@ -85,7 +112,7 @@ def judge(
 
 
 def values_only(
-    logits: Tensor, labels: Tensor, teacher: Tensor | Sparse | None, weights: Weights
+    logits: Tensor, labels: Tensor, teacher: Tensor | Sparse | Sampled | None, weights: Weights
 ) -> dict[str, Tensor]:
     """The same values without a gradient; also what evaluation reports beside them.
 
@@ -97,7 +124,9 @@ def values_only(
     if teacher is None:
         return values
     log_q = _soft(logits, weights)
-    if isinstance(teacher, Sparse):
+    if isinstance(teacher, Sampled):
+        values["divergence"] = teacher.value(log_q)
+    elif isinstance(teacher, Sparse):
         values["divergence"] = weights.function(*outcomes(log_q, teacher))
     else:
         log_p = _soft(teacher, weights)
@@ -119,9 +148,11 @@ def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
 
 
 def _compare(
-    log_q: Tensor, q: Tensor, teacher: Tensor | Sparse, weights: Weights
+    log_q: Tensor, q: Tensor, teacher: Tensor | Sparse | Sampled, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     """The divergence, and s of `hf_distill.gradients`."""
+    if isinstance(teacher, Sampled):
+        return teacher.value(log_q), teacher.slope(log_q)
     if isinstance(teacher, Sparse):
         return _sparse(log_q, q, teacher, weights.function)
     log_p = _soft(teacher, weights)

@@ -1,4 +1,4 @@
-"""The command line: `hf-distill run | evaluate | report | publish`."""
+"""The command line: `hf-distill run | record | evaluate | report | publish`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,51 @@ def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> Non
         with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
             for stage in STAGES:
                 stage(this_run)
+
+
+@app.command(short_help="Record a teacher over a recipe's rows, and train nothing.")
+def record(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Time a sample and tell size and hours; record nothing."),
+    ] = False,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", min=0, help="With --estimate: what an hour of this machine costs."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Record a teacher over a recipe's rows: stages prepare, teacher and record.
+
+    `hf-distill run` with the same recipe then trains from the recording. Needs a `record` section,
+    if only `--set record.k=64`. An interrupted recording goes on from its last finished shard.
+
+    \b
+    hf-distill record recipes/quickstart_recorded.yaml --estimate --price 2.5
+    hf-distill record recipes/quickstart_recorded.yaml
+    """
+    with guarded(debug):
+        from hf_distill import stages
+        from hf_distill.recipe import load_recipe
+        from hf_distill.stages.recording import estimate_recording
+
+        with stages.open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+            stages.prepare(this_run)
+            stages.teacher(this_run)
+            if not estimate:
+                stages.record(this_run)
+                return
+            told = estimate_recording(this_run)
+            hours = told.seconds / 3600
+            cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
+            this_run.say(
+                f"record: {told.rows:,} training rows with {told.targets:,} targets: "
+                f"{told.bytes / 2**20:,.1f} MB at {told.bytes_per_target:.1f} bytes a target, "
+                f"{hours:.2f} hours ({told.seconds:,.0f} s) at "
+                f"{told.targets_per_second:,.0f} targets/s{cost}"
+            )
 
 
 @app.command(short_help="Measure the models of a finished run again.")

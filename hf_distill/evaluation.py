@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill import measure, vocabulary
-from hf_distill.blocks import Sparse
+from hf_distill.blocks import Sampled, Sparse
 from hf_distill.data import collator
 from hf_distill.errors import InputError
 from hf_distill.metrics import (
@@ -142,7 +142,7 @@ class _Pair:
         if self.teacher is None:
             return ours, None
         signal = self.teacher.signal(inputs, mask)
-        if isinstance(signal, Sparse):
+        if isinstance(signal, Sparse | Sampled):
             raise InputError(
                 f"the teacher {self.teacher.name!r} names only some outcomes, but these figures "
                 "compare whole distributions: evaluate with a live teacher"

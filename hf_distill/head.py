@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import blocks
-from hf_distill.blocks import Sparse, Weights
+from hf_distill.blocks import Sampled, Sparse, Weights
 from hf_distill.targets import accumulator
 
 # What the rows of one block may take in float32: the second-level cache of a core.
@@ -108,7 +108,7 @@ class Hidden:
             return self.head.finish(logits.float())
 
 
-Signal = Logits | Hidden | Sparse
+Signal = Logits | Hidden | Sparse | Sampled
 
 
 def fused_loss(
@@ -291,8 +291,8 @@ class _Pass:
             found.append(values)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
-    def _finished(self, teacher: Signal) -> Tensor | Sparse:
-        if isinstance(teacher, Sparse):
+    def _finished(self, teacher: Signal) -> Tensor | Sparse | Sampled:
+        if isinstance(teacher, Sparse | Sampled):
             return teacher
         assert isinstance(teacher, Logits)
         logits = teacher.logits.to(self.wide)

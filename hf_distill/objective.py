@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_distill.blocks import Sparse, Weights, outcomes
+from hf_distill.blocks import Sampled, Sparse, Weights, outcomes
 from hf_distill.divergences import Divergence
 from hf_distill.head import Head, Signal, fused_loss
 from hf_distill.targets import accumulator
@@ -82,14 +82,16 @@ class Objective:
         loss = (1 - self.alpha) * precise_sum(per_target["ce"])
         if signal is not None:
             log_q = F.log_softmax(logits[:, :shared].float() / temperature, dim=-1)
-            if isinstance(signal, Sparse):
+            if isinstance(signal, Sampled):
+                per_target[self.name] = signal.value(log_q)
+            elif isinstance(signal, Sparse):
                 per_target[self.name] = self.divergence(*outcomes(log_q, signal))
             else:
                 theirs = signal.logits.float()
                 log_p = F.log_softmax(theirs[:, :shared] / temperature, dim=-1)
                 per_target[self.name] = self.divergence(log_q, log_p)
             loss = loss + self.alpha * temperature**2 * precise_sum(per_target[self.name])
-            if not torch.is_grad_enabled() and not isinstance(signal, Sparse):
+            if not torch.is_grad_enabled() and not isinstance(signal, Sparse | Sampled):
                 per_target["teacher_ce"] = F.cross_entropy(theirs, labels, reduction="none")
                 same = logits[:, :shared].argmax(-1) == theirs[:, :shared].argmax(-1)
                 per_target["top1_agreement"] = same.float()

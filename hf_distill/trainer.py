@@ -27,6 +27,7 @@ from hf_distill.errors import InputError, warn_once
 from hf_distill.head import Head
 from hf_distill.objective import Judgement, Objective, Term, precise_sum, sum_by_row
 from hf_distill.pretrained import load_model
+from hf_distill.recorded_rows import RecordedRowsMixin
 from hf_distill.stand_in import StandIn, UnusualHead
 from hf_distill.targets import (
     DENOMINATORS,
@@ -37,13 +38,19 @@ from hf_distill.targets import (
     position_ids,
     target_labels,
 )
-from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.teachers import (
+    Teacher,
+    as_teacher,
+    recorded_signal,
+    without_recording,
+)
 from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
 
 Denominators = dict[str, Tensor]
+LABELS = ("labels", "shift_labels")
 
 
-class DistillationMixin(ArtifactsMixin):
+class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
     """What makes a Trainer a distillation; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
@@ -89,13 +96,12 @@ class DistillationMixin(ArtifactsMixin):
             whole_logits=not args.fused_head,
             **args.model_kwargs("teacher"),
         )
-        if self.teacher is None and args.alpha > 0:
-            raise InputError(
-                f"alpha is {args.alpha}, but there is no teacher to learn from: "
-                "pass teacher=, or set alpha to 0 for plain fine-tuning"
-            )
         self._custom_divergence = divergence
+        sets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
+        self._recorded = self._find_recordings(args, **sets)
         super().__init__(model=model, args=args, **trainer_arguments)
+        if self._recorded is not None:
+            self._read_recordings(self._recorded, head_rows(_unwrapped(self.model)))
         self._accepted_by_student = _forward_parameters(self.model)
         self.objective = self._make_objective()
         self._stand_in = self._find_head()
@@ -181,13 +187,16 @@ class DistillationMixin(ArtifactsMixin):
         labels = target_labels(inputs)
         targets = labels != IGNORE
         labels = labels[targets]
-        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        recorded = recorded_signal(inputs, targets)
+        inputs = {k: v for k, v in without_recording(inputs).items() if k not in LABELS}
         counts_positions = "position_ids" in self._accepted_by_student
         if counts_positions and "position_ids" not in inputs and "attention_mask" in inputs:
             inputs["position_ids"] = position_ids(inputs["attention_mask"])
         signal = None
-        if self.teacher is not None and (self.args.alpha > 0 or not model.training):
-            signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
+        if self.args.alpha > 0 or not model.training:
+            signal = recorded
+            if signal is None and self.teacher is not None:
+                signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
 
         def at_the_head(hidden: Tensor, head: Head) -> tuple[Judgement, Tensor]:
             memory_mb = self.args.head_memory_mb
@@ -339,7 +348,7 @@ class DistillationMixin(ArtifactsMixin):
 
     def _make_objective(self) -> Objective:
         rows = head_rows(_unwrapped(self.model))
-        shared = rows
+        shared = rows if self._recorded is None else self._recorded.vocabulary
         if self.teacher is not None:
             tokenizer = self.processing_class
             shared = shared_vocabulary(
@@ -348,6 +357,11 @@ class DistillationMixin(ArtifactsMixin):
                 tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
                 self.teacher.tokenizer,
             )
+            if self._recorded is not None and self._recorded.vocabulary != shared:
+                raise InputError(
+                    f"the recording is over {self._recorded.vocabulary} ids, but student and "
+                    f"teacher share {shared}: record with this teacher, or pass teacher=None"
+                )
         divergence = self.choose_divergence()
         function = divergence.func if isinstance(divergence, partial) else divergence
         name = getattr(function, "__name__", "divergence")
@@ -386,7 +400,7 @@ class DistillationTrainer(DistillationMixin):
 
     model: the student, a causal language model or its id or path
     teacher: a causal language model, its id or path, or any object with the `Teacher` protocol;
-        None only where alpha is 0
+        None where the rows bring recordings (`hf_distill.record`), or alpha is 0
     args: `DistillationArguments`
     teacher_tokenizer: to check that ids mean the same; found by itself beside a local teacher
     divergence: a function of your own in place of the one that the arguments name, see
@@ -407,4 +421,4 @@ def _forward_parameters(model: nn.Module) -> set[str]:
 
 
 def _has_labels(batch: Mapping[str, Any]) -> bool:
-    return batch.get("labels") is not None or batch.get("shift_labels") is not None
+    return any(batch.get(name) is not None for name in LABELS)

@@ -15,6 +15,7 @@ from hf_distill.stages import (
     evaluate,
     open_run,
     prepare,
+    record,
     report,
     student,
     teacher,
@@ -26,6 +27,7 @@ def main(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> No
     with guarded(debug), open_run(load_recipe(recipe, set_ or ()), recipe) as run:
         prepare(run)  # raw text -> clean, tokenized, packed rows, and the tokenizer
         teacher(run)  # trained from scratch, unless the recipe names one
+        record(run)  # what the teacher says of every row, if the recipe wants it kept
         student(run)  # from a config, a checkpoint, or layers of the teacher
         baseline(run)  # the same student trained on the labels alone
         train(run)  # the distillation

@@ -23,7 +23,7 @@ FLOORS = (
         "recording",
     },
     {"teachers", "metrics", "figures", "card", "comparison"},
-    {"arguments", "artifacts", "trainer", "evaluation", "measure"},
+    {"arguments", "artifacts", "trainer", "evaluation", "measure", "recorder", "recorded_rows"},
     {"plots", "report", "hub", "recipe"},
     {"stages", "cli", "__init__", "__main__"},
 )
@@ -31,7 +31,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within a floor a room may stand on its neighbour in this order, never in a circle.
 ORDER = {
     "pretrained": 0, "errors": 0, "checkpoints": 0, "figures": 0, "arguments": 0, "measure": 0,
-    "artifacts": 1,
+    "artifacts": 1, "recorded_rows": 1,
     "divergences": 1, "targets": 1, "gradients": 2, "blocks": 3, "head": 4,
     "stand_in": 1, "objective": 1, "vocabulary": 1, "pretraining": 1,
     "plots": 1, "card": 2, "data": 2, "students": 2, "trainer": 2, "evaluation": 2,

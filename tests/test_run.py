@@ -15,10 +15,12 @@ import pytest
 import torch
 from hub_server import USER, HubServer
 from peft import AutoPeftModelForCausalLM
-from run_setup import ROOT, environment, invoke, metrics, quality, run, start, write_recipe
+from run_setup import ROLES, ROOT, environment, invoke, metrics, quality, run, start, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-STAGES = ("prepare", "teacher", "student", "baseline", "train", "evaluate", "report")
+STAGES = (
+    "prepare", "teacher", "record", "student", "baseline", "train", "evaluate", "report",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_everything_is_there(finished: Path) -> None:
     for pickled in ("*.bin", "*.pt", "*.pth", "*.pkl"):
         assert not list(finished.rglob(pickled))
     left = {path.name for path in (finished / "work").iterdir()}
-    assert left == {f"{stage}.json" for stage in STAGES} | {"run.json"}
+    assert left == {f"{stage}.json" for stage in STAGES if stage != "record"} | {"run.json"}
 
 
 def test_both_trainings_begin_alike_and_differ_in_the_objective(finished: Path) -> None:
@@ -84,9 +86,10 @@ def test_again_skips_all_and_a_change_only_redoes_what_it_touches(finished: Path
     before = quality(finished)
     again = run(recipe)
     assert skipped(again.output) == list(STAGES)
+    assert "record: not in this recipe" in again.output
     changed = run(recipe, "train.alpha=0.5")
     assert changed.exit_code == 0, changed.output
-    assert skipped(changed.output) == ["prepare", "teacher", "student", "baseline"]
+    assert skipped(changed.output) == ["prepare", "teacher", "record", "student", "baseline"]
     assert quality(finished)["student"] != before["student"]
     assert quality(finished)["baseline"] == before["baseline"]
     assert skipped(run(recipe, "evaluate.prompts=1", "train.alpha=0.5").output) == list(STAGES[:-2])
@@ -284,3 +287,32 @@ def test_gpt2_with_local_folders(finished: Path, tmp_path: Path) -> None:
     # The adapter names the model that it was given, not a copy in the run folder.
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs" / "gpt2" / "student")
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "student")
+
+
+def test_a_recorded_recipe_trains_without_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full recording ends where the live teacher ends; trainings never load the teacher."""
+
+    def refuse(_: object) -> None:
+        raise AssertionError("the teacher was loaded for a training")
+
+    recipe = write_recipe(tmp_path)
+    live = run(recipe)
+    assert live.exit_code == 0, live.output
+    monkeypatch.setattr("hf_distill.stages.models.teacher_of", refuse)
+    estimated = invoke(
+        "record", recipe, "--estimate", "--set", f"output_dir={tmp_path / 'r'}",
+        "--set", "record.kind=full",
+    )  # fmt: skip
+    assert estimated.exit_code == 0, estimated.output
+    assert "bytes a target" in estimated.output
+    told = run(recipe, f"output_dir={tmp_path / 'r'}", "record.kind=full", "record.shard_rows=5")
+    assert told.exit_code == 0, told.output
+    ours, theirs = quality(tmp_path / "r" / "tiny"), quality(tmp_path / "runs" / "tiny")
+    for role in ROLES:
+        assert ours[role] == pytest.approx(theirs[role], rel=1e-3)
+    again = run(recipe, f"output_dir={tmp_path / 'r'}", "record.kind=top_k", "record.k=8")
+    assert again.exit_code == 0, again.output
+    assert {"prepare", "teacher", "student"} == set(skipped(again.output)[:3])
+    assert quality(tmp_path / "r" / "tiny")["student"] != ours["student"]

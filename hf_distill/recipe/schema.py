@@ -170,6 +170,21 @@ class LoraSection(Section):
     """Adapt direction and length of the weights separately."""
 
 
+class RecordSection(Section):
+    """Run the teacher once, and let trainings read what it said; at `train.temperature`."""
+
+    kind: Literal["top_k", "sampled", "full"] = "top_k"
+    """The k likeliest tokens and the mass of all others; draws; or every log-probability."""
+    k: int = Field(default=64, ge=1, lt=2**16)
+    """How many tokens `top_k` names at each target."""
+    draws: int = Field(default=50, ge=1, lt=2**16)
+    """How many draws `sampled` makes at each target; for forward_kl only."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows that the teacher sees at a time on each device."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Rows of one file; what an interruption loses at most."""
+
+
 class StudentSection(Section):
     """What the student is before training. A string stands for `model`."""
 
@@ -234,6 +249,8 @@ class Recipe(Section):
     """What makes tokens of them. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
     """Who teaches. A string stands for `teacher.model`."""
+    record: RecordSection | None = None
+    """Run the teacher once and train from what it said; by default it is asked as training goes."""
     student: StudentSection
     """What the student is before training. A string stands for `student.model`."""
     baseline: bool = True
@@ -257,6 +274,16 @@ class Recipe(Section):
             for key, value in values.items()
             if value is not None
         }
+
+    @model_validator(mode="after")
+    def _draws_estimate_the_forward_kl(self) -> Recipe:
+        divergence = arguments(self.train)["divergence"]
+        if self.record and self.record.kind == "sampled" and divergence != "forward_kl":
+            raise ValueError(
+                f"records draws, which estimate forward_kl without bias but not {divergence}: set "
+                "train.divergence to forward_kl, or record.kind to top_k"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_has_a_source(self) -> Recipe:

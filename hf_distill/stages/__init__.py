@@ -1,4 +1,4 @@
-"""The stages of a run: prepare, teacher, student, baseline, train, evaluate, report."""
+"""The stages of a run: prepare, teacher, record, student, baseline, train, evaluate, report."""
 
 from hf_distill.stages.chain import (
     STAGES,
@@ -6,6 +6,7 @@ from hf_distill.stages.chain import (
     evaluate,
     measure_again,
     prepare,
+    record,
     report,
     student,
     teacher,
@@ -23,6 +24,7 @@ __all__ = [
     "measure_again",
     "open_run",
     "prepare",
+    "record",
     "report",
     "student",
     "teacher",

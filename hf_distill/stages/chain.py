@@ -1,6 +1,6 @@
-"""The seven stages, what decides the result of each, and which results it uses.
+"""The eight stages, what decides the result of each, and which results it uses.
 
-prepare -> teacher -> student -> baseline -> train -> evaluate -> report
+prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> report
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hf_distill.stages.inputs import data_stamp, model_stamp, tokenizer_source
 from hf_distill.stages.measuring import measure, write_report_and_card
 from hf_distill.stages.models import make_student
 from hf_distill.stages.preparation import prepare_data
+from hf_distill.stages.recording import record_teacher
 from hf_distill.stages.training import distil, train_baseline, train_teacher
 
 
@@ -28,6 +29,13 @@ def _given_teacher(recipe: Recipe) -> Any:
     """A teacher that is not trained here; one that is stands in the fingerprint of its stage."""
     section = recipe.teacher
     return section.model and [section.model, section.model_kwargs, model_stamp(section.model)]
+
+
+def _decide_recording(recipe: Recipe) -> Any:
+    assert recipe.record is not None
+    how_fast = {"batch_size"}
+    kept = recipe.record.model_dump(exclude=how_fast)
+    return [recipe.seed, kept, arguments(recipe.train)["temperature"], _given_teacher(recipe)]
 
 
 def _decide_student(recipe: Recipe) -> Any:
@@ -60,6 +68,16 @@ teacher = Stage(
     everywhere=True,
     wanted=lambda recipe: recipe.teacher.config is not None,
 )
+record = Stage(
+    name="record",
+    doing="recording what the teacher says of every row",
+    result="recording",
+    reads=_decide_recording,
+    after=(prepare, teacher),
+    make=record_teacher,
+    everywhere=True,
+    wanted=lambda recipe: recipe.record is not None,
+)
 student = Stage(
     name="student",
     doing="making the initial student",
@@ -73,7 +91,7 @@ baseline = Stage(
     doing="training the student with cross-entropy only",
     result="baseline",
     reads=lambda recipe: _decide_training(recipe, distilled=False),
-    after=(teacher, student),
+    after=(teacher, record, student),
     make=train_baseline,
     everywhere=True,
     wanted=lambda recipe: recipe.baseline,
@@ -83,7 +101,7 @@ train = Stage(
     doing="distilling the student",
     result="student",
     reads=lambda recipe: _decide_training(recipe, distilled=True),
-    after=(teacher, student),
+    after=(teacher, record, student),
     make=distil,
     everywhere=True,
 )
@@ -104,7 +122,7 @@ report = Stage(
     after=(evaluate,),
     make=write_report_and_card,
 )
-STAGES = (prepare, teacher, student, baseline, train, evaluate, report)
+STAGES = (prepare, teacher, record, student, baseline, train, evaluate, report)
 
 
 def measure_again(run: Run) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from hf_distill.data import check_max_length
 from hf_distill.pretrained import load_model, load_tokenizer
 from hf_distill.pretraining import max_positions, model_from_config
+from hf_distill.recorder import load_recording
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import revision_of
 from hf_distill.students import student_from_teacher
@@ -33,6 +34,18 @@ def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 def rows_of(run: Run, split: str) -> Dataset:
     """The tokenized rows of "train" or "eval"."""
     return load_from_disk(str(run.folder / "data" / split))
+
+
+def rows_to_train(run: Run, split: str) -> Dataset:
+    """The same with what the teacher said of them, where the recipe records it."""
+    if run.recipe.record is None:
+        return rows_of(run, split)
+    return load_recording(run.folder / "recording" / split)
+
+
+def live_teacher_of(run: Run) -> PreTrainedModel | None:
+    """The teacher, where trainings ask it themselves."""
+    return teacher_of(run) if run.recipe.record is None else None
 
 
 def teacher_of(run: Run) -> PreTrainedModel:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -19,10 +21,11 @@ from hf_distill.recipe import PretrainSection, arguments
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import training_arguments
 from hf_distill.stages.models import (
+    live_teacher_of,
     new_model,
     rows_of,
+    rows_to_train,
     student_to_train,
-    teacher_of,
     teacher_tokenizer_of,
     tokenizer_of,
 )
@@ -41,12 +44,14 @@ def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
     options = arguments(run.recipe.train) | {"alpha": 0.0}
     # With alpha 0 the teacher is only asked in evaluations, for the curve of the divergence.
-    _train(run, result, student_to_train(run), teacher_of(run), options)
+    teacher = live_teacher_of(run)
+    _train(run, result, student_to_train(run), teacher, options, rows_from=rows_to_train)
 
 
 def distil(run: Run, result: Path) -> None:
     """`student/`: the distillation itself."""
-    _train(run, result, student_to_train(run), teacher_of(run), arguments(run.recipe.train))
+    options, teacher = arguments(run.recipe.train), live_teacher_of(run)
+    _train(run, result, student_to_train(run), teacher, options, rows_from=rows_to_train)
 
 
 def _train(
@@ -55,12 +60,14 @@ def _train(
     model: Any,
     teacher_model: PreTrainedModel | None,
     options: dict[str, Any],
+    *,
+    rows_from: Callable[[Run, str], Dataset] = rows_of,
 ) -> None:
     """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
     recipe, tokenizer = run.recipe, tokenizer_of(run)
     checkpoints = result.parent / "checkpoints"
     args = training_arguments(recipe, options, checkpoints)
-    rows = rows_of(run, "train")
+    rows = rows_from(run, "train")
     require_rows(rows, args.train_batch_size * args.world_size, "one batch")
     clock = Clock()
     trainer = DistillationTrainer(
@@ -69,7 +76,7 @@ def _train(
         args,
         teacher_tokenizer=teacher_tokenizer_of(run) if teacher_model is not None else None,
         train_dataset=rows,
-        eval_dataset=rows_of(run, "eval"),
+        eval_dataset=rows_from(run, "eval"),
         processing_class=tokenizer,
         data_collator=collator(tokenizer),
         callbacks=[clock],

@@ -11,8 +11,22 @@ from hf_distill.errors import InputError
 from hf_distill.pretrained import load_model
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.live import LiveTeacher
+from hf_distill.teachers.recorded import (
+    check_recording,
+    first_header,
+    recorded_signal,
+    without_recording,
+)
 
-__all__ = ["LiveTeacher", "Teacher", "as_teacher"]
+__all__ = [
+    "LiveTeacher",
+    "Teacher",
+    "as_teacher",
+    "check_recording",
+    "first_header",
+    "recorded_signal",
+    "without_recording",
+]
 
 
 def as_teacher(

@@ -1,0 +1,67 @@
+"""Whole numbers in few bits, many at a time. Pure numpy, no loop over values.
+
+Bits are filled from the most significant one. Rice's code of a gap g with parameter r is g >> r in
+unary (so many zeros and a one) and the r low bits; the two parts go into streams of their own,
+which is what makes decoding a matter of a few array operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+WIDEST = 25  # bits of one field: what a 32-bit window holds wherever in a byte it begins
+PARAMETERS = 16  # Rice parameters 0 to 15, in four bits
+
+
+def pack(values: Ints, widths: Ints) -> Bytes:
+    """Fields of the given widths, one after the other; values (n,), widths (n,) up to `WIDEST`."""
+    starts = np.cumsum(widths) - widths
+    total = int(widths.sum())
+    place = np.arange(total) - np.repeat(starts, widths)
+    shift = np.repeat(widths - 1, widths) - place
+    return np.packbits(((np.repeat(values, widths) >> shift) & 1).astype(np.uint8))
+
+
+def unpack(data: Bytes, widths: Ints) -> Ints:
+    """What `pack` was given, from its bytes and the same widths."""
+    if len(widths) == 0:
+        return np.empty(0, np.int64)
+    starts = np.cumsum(widths) - widths
+    padded = np.concatenate([data, np.zeros(4, np.uint8)]).astype(np.uint32)
+    windows = padded[:-3] << 24 | padded[1:-2] << 16 | padded[2:-1] << 8 | padded[3:]
+    found = windows[starts >> 3].astype(np.int64) >> (32 - (starts & 7) - widths)
+    return found & ((1 << widths) - 1)
+
+
+def pack_unary(values: Ints) -> Bytes:
+    """So many zeros and a one for each value."""
+    ends = np.cumsum(values + 1)
+    bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
+    bits[ends - 1] = 1
+    return np.packbits(bits)
+
+
+def unpack_unary(data: Bytes, number: int) -> Ints:
+    """The first so many values of `pack_unary`; fewer where the data end before."""
+    ends = np.flatnonzero(np.unpackbits(data))[:number]
+    return np.diff(ends, prepend=-1) - 1
+
+
+def best_parameters(gaps: Ints, group: Ints, groups: int) -> Ints:
+    """Rice's parameter that makes each group of gaps shortest, (groups,).
+
+    gaps, group: (n,), the gap and the number of the group that it is in
+    """
+    best = np.zeros(groups, np.int64)
+    size = np.bincount(group, minlength=groups)
+    least = np.full(groups, np.inf)
+    for parameter in range(PARAMETERS):
+        quotients = np.bincount(group, weights=gaps >> parameter, minlength=groups)
+        cost = quotients + size * (1 + parameter)
+        best[cost < least] = parameter
+        least = np.minimum(cost, least)
+    return best

@@ -1,0 +1,87 @@
+"""Stage `record`: what the teacher says of every row, so that trainings do without it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
+
+from hf_distill.data import collator
+from hf_distill.errors import InputError
+from hf_distill.recipe import Recipe, arguments
+from hf_distill.recorder import Estimate, estimate, load_recording, record
+from hf_distill.recorder.scribe import RecordingSettings
+from hf_distill.stages.engine import Run
+from hf_distill.stages.models import rows_of, teacher_of, tokenizer_of
+
+SPLITS = ("train", "eval")
+
+
+def settings_of(recipe: Recipe) -> RecordingSettings:
+    """What the recipe records, at the temperature that it trains with."""
+    section = recipe.record
+    assert section is not None
+    temperature = arguments(recipe.train)["temperature"]
+    return RecordingSettings(section.kind, section.k, section.draws, temperature, recipe.seed)
+
+
+def record_teacher(run: Run, result: Path) -> None:
+    """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
+    section = run.recipe.record
+    assert section is not None
+    tokenizer, teacher = tokenizer_of(run), teacher_of(run)
+    accelerator = _accelerator()
+    settings = vars(settings_of(run.recipe))
+    for split in SPLITS:
+        # Beside the result, which is emptied when an interrupted stage goes on.
+        record(
+            rows_of(run, split),
+            teacher,
+            result.parent / split,
+            tokenizer=tokenizer,
+            data_collator=collator(tokenizer),
+            batch_size=section.batch_size,
+            shard_rows=section.shard_rows,
+            accelerator=accelerator,
+            **settings,
+        )
+    run.from_main(lambda: _move(result))
+    told = load_recording(result / "train")
+    size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
+    run.say(f"  {len(told):,} rows, {size / 2**20:,.0f} MB on disk, tokens included")
+    accelerator.free_memory()
+    del teacher
+    gc.collect()
+    AcceleratorState._reset_state()
+
+
+def estimate_recording(run: Run) -> Estimate:
+    """What the stage would take, from a timed sample of the training rows."""
+    section = run.recipe.record
+    if section is None:
+        raise InputError("the recipe has no 'record' section: add one, as `record: {k: 64}`")
+    tokenizer = tokenizer_of(run)
+    return estimate(
+        rows_of(run, "train"),
+        teacher_of(run),
+        tokenizer=tokenizer,
+        data_collator=collator(tokenizer),
+        batch_size=section.batch_size,
+        accelerator=_accelerator(),
+        settings=settings_of(run.recipe),
+    )
+
+
+def _accelerator() -> Accelerator:
+    once = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(gradient_accumulation_plugin=once)
+
+
+def _move(result: Path) -> Any:
+    result.mkdir()
+    for split in SPLITS:
+        (result.parent / split).rename(result / split)
