@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -198,7 +199,9 @@ def guarded(debug: bool = False) -> Iterator[None]:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise
         _fail(error)
-    # DeepSpeed on the CPU aborts at exit if its process group is left open.
+    # Left open, DeepSpeed on the CPU aborts at exit; so do gloo's threads, now and then, and what
+    # holds them (DDP wrappers, in reference cycles) has to go first.
+    gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

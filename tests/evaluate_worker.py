@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from distributed import leave
 from trainer_setup import arguments, collate, make_rows, small_model
 
 from hf_distill import DistillationTrainer
@@ -21,4 +21,4 @@ if __name__ == "__main__":
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         Path(sys.argv[1]).write_text(json.dumps(metrics))
-    torch.distributed.destroy_process_group()
+    leave()

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
+from distributed import leave
 from evaluation_setup import ROWS, collate, pair, tokenizer
 
 from hf_distill import measure
@@ -41,4 +41,4 @@ if __name__ == "__main__":
     except InputError as error:
         figures["error"] = str(error)
     Path(f"{sys.argv[1]}.{accelerator.process_index}").write_text(json.dumps(figures))
-    torch.distributed.destroy_process_group()
+    leave()

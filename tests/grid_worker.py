@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grid
 import torch
+from distributed import leave
 
 if __name__ == "__main__":
     tier, out = sys.argv[1:]
@@ -18,4 +19,4 @@ if __name__ == "__main__":
                 found[str(case)] = grid.run(case, Path(folder))
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave()
