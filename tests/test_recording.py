@@ -21,7 +21,7 @@ from hf_distill.blocks import Sampled, Sparse, Weights, judge, outcomes
 from hf_distill.data import Collator
 from hf_distill.recorder import RecordingSettings, estimate
 from hf_distill.recording import COLUMN, codec
-from hf_distill.recording.capture import largest, sampled, top_k_
+from hf_distill.recording.capture import sampled, top_k_
 from hf_distill.recording.row import read
 
 COLLATE = Collator(1, 0)
@@ -113,16 +113,6 @@ def test_every_single_flipped_bit_is_found(tmp_path: Path) -> None:
             read(bytes(damaged))
     with pytest.raises(codec.Damaged):
         read(value[:-1])
-
-
-@pytest.mark.parametrize("vocabulary", [40, 5000, 50257])
-@pytest.mark.parametrize("k", [1, 7, 64])
-def test_largest_is_topk(vocabulary: int, k: int) -> None:
-    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(k))
-    k = min(k, vocabulary)
-    values, ids = largest(logits, k)
-    assert torch.equal(values, logits.topk(k).values)
-    assert torch.equal(logits.gather(1, ids), values)
 
 
 # ---- What it says of the distribution ----

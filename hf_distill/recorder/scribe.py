@@ -138,8 +138,6 @@ class Scribe:
         for at in range(0, len(wanted), chunk):
             part = slice(at, at + chunk)
             logits = signal[part].logits[:, : self.header.vocabulary].float()
-            if isinstance(signal, Logits):
-                logits = logits.clone()  # what follows uses it up
             parts.append(self._said(logits, wanted[part], generator))
         said = _joined(parts)
         values, at = [], 0
@@ -157,6 +155,7 @@ class Scribe:
         return values
 
     def _said(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        """What is kept of some targets' logits, which may be used up."""
         softened = logits if self.header.temperature == 1.0 else logits / self.header.temperature
         said: Any
         if self.header.kind == "full":
@@ -165,9 +164,7 @@ class Scribe:
             said = sampled(softened, self.header.k, generator)
             finite = said.entropy
         else:
-            said = top_k_(
-                softened.clone() if softened is logits else softened, labels, self.header.k
-            )
+            said = top_k_(softened, labels, self.header.k)
             finite = said.log_probs
         if np.isnan(finite).any():
             raise InputError(_NOT_FINITE)

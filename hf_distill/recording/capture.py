@@ -8,35 +8,13 @@ from torch import Tensor
 
 from hf_distill.recording.codec import Sampled, TopK
 
-GROUP = 64
-
-
-def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their ids, (n, k) each; `torch.topk`, but sooner.
-
-    The k largest lie in the k groups of neighbours whose maxima are largest, so that one pass over
-    all ids, to find the maxima, is enough.
-    """
-    ids = logits.shape[1]
-    groups = ids // GROUP
-    if 4 * k > groups:
-        return logits.topk(k)
-    maxima = logits[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1)
-    chosen = maxima.topk(k, sorted=False).indices
-    within = torch.arange(GROUP, device=logits.device)
-    candidates = (chosen[:, :, None] * GROUP + within).flatten(1)
-    rest = torch.arange(groups * GROUP, ids, device=logits.device).expand(len(logits), -1)
-    candidates = torch.cat([candidates, rest], dim=1)
-    values, places = logits.gather(1, candidates).topk(k)
-    return values, candidates.gather(1, places)
-
 
 def top_k_(logits: Tensor, labels: Tensor, k: int) -> TopK:
     """The k likeliest ids, the label, and the mass of all others. Uses up the logits.
 
     logits: (n, ids), at the temperature to be recorded; labels: (n,)
     """
-    values, ids = largest(logits, k)
+    values, ids = logits.topk(k)
     column = labels[:, None].clamp(max=logits.shape[1] - 1)
     label = logits.gather(1, column)
     inside = (ids == labels[:, None]).any(1, keepdim=True)

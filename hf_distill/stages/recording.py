@@ -16,6 +16,7 @@ from hf_distill.recipe import Recipe, arguments
 from hf_distill.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recorder.scribe import RecordingSettings
 from hf_distill.stages.engine import Run
+from hf_distill.stages.inputs import training_arguments
 from hf_distill.stages.models import rows_of, teacher_of, tokenizer_of
 
 SPLITS = ("train", "eval")
@@ -34,7 +35,7 @@ def record_teacher(run: Run, result: Path) -> None:
     section = run.recipe.record
     assert section is not None
     tokenizer, teacher = tokenizer_of(run), teacher_of(run)
-    accelerator = _accelerator()
+    accelerator = _accelerator(run)
     settings = vars(settings_of(run.recipe))
     for split in SPLITS:
         # Beside the result, which is emptied when an interrupted stage goes on.
@@ -71,14 +72,17 @@ def estimate_recording(run: Run) -> Estimate:
         tokenizer=tokenizer,
         data_collator=collator(tokenizer),
         batch_size=section.batch_size,
-        accelerator=_accelerator(),
+        accelerator=_accelerator(run),
         settings=settings_of(run.recipe),
     )
 
 
-def _accelerator() -> Accelerator:
+def _accelerator(run: Run) -> Accelerator:
+    """With the mixed precision of the trainings: the teacher speaks as it would there."""
+    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     once = GradientAccumulationPlugin(num_steps=1)
-    return Accelerator(gradient_accumulation_plugin=once)
+    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=once)
 
 
 def _move(result: Path) -> Any:
