@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
+from distributed import launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -256,6 +258,31 @@ def test_full_recording_is_the_live_teacher(options: Any, fused: bool, tmp_path:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+def test_two_processes_record_and_train_as_with_a_live_teacher(tmp_path: Path) -> None:
+    for how in ("live", "recorded"):
+        launch("recording_worker.py", str(tmp_path), how)
+    live, told = (
+        json.loads((tmp_path / f"{how}.json").read_text()) for how in ("live", "recorded")
+    )
+    assert told == pytest.approx(live, rel=1e-4)
+    ours, theirs = (torch.load(tmp_path / f"{how}.pt") for how in ("recorded", "live"))
+    assert apart(ours, theirs) < 1e-3
+    alone = recorded(tmp_path, rows(), name="alone", shard_rows=3)
+    shards = sorted((tmp_path / "r").glob("*.arrow"))
+    assert len(shards) == 7
+    assert [row[COLUMN] for row in load_recording(tmp_path / "r")] == alone[:][COLUMN]
+
+
+def test_resumed_training_from_a_recording_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    data = recorded(tmp_path, rows(), kind="top_k", k=8)
+    options = {"save_strategy": "steps", "save_steps": 5}
+    whole = make_trainer(tmp_path, data, **options)
+    whole.train()
+    again = make_trainer(tmp_path, data, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
+    assert apart(weights(again), weights(whole)) == 0
+
+
 def test_rows_may_be_shuffled_filtered_sliced_and_joined(tmp_path: Path) -> None:
     """A row carries its own teacher, so that nothing `datasets` does can mix them up."""
     teacher = small_model(1)
@@ -421,8 +448,20 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: Any) ->
 def test_nothing_in_a_recording_is_pickled(tmp_path: Path) -> None:
     recorded(tmp_path, rows(6))
     suffixes = {path.suffix for path in (tmp_path / "r").iterdir()}
-    assert suffixes == {".arrow", ".json"}
+    assert suffixes == {".arrow", ".json", ".md"}
     assert not any(b"pickle" in content for content in bytes_of(tmp_path / "r").values())
+
+
+def test_the_card_says_what_is_in_it(tmp_path: Path) -> None:
+    data = recorded(tmp_path, rows(20), kind="top_k", k=12)
+    card = (tmp_path / "r" / "README.md").read_text()
+    size = sum(map(len, data[COLUMN]))
+    assert f"{size:,} bytes" in card
+    assert "k = 12" in card
+    manifest = json.loads((tmp_path / "r" / "recording.json").read_text())
+    assert manifest["rows"] == 20
+    assert 0 < manifest["rounding"] < 0.05
+    assert str(tmp_path) not in card
 
 
 def test_the_estimate_knows_the_size(tmp_path: Path) -> None:

@@ -316,3 +316,24 @@ def test_a_recorded_recipe_trains_without_the_teacher(
     assert again.exit_code == 0, again.output
     assert {"prepare", "teacher", "student"} == set(skipped(again.output)[:3])
     assert quality(tmp_path / "r" / "tiny")["student"] != ours["student"]
+
+
+def test_a_recording_killed_at_some_instant_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Under SIGKILL, the real command: the second run goes on and differs in no byte."""
+    recipe = write_recipe(tmp_path)
+    settings = ("record.k=8", "record.shard_rows=2", "record.batch_size=1")
+    whole = run(recipe, f"output_dir={tmp_path / 'whole'}", *settings)
+    assert whole.exit_code == 0, whole.output
+    process = start(recipe, *settings)
+    work = tmp_path / "runs" / "tiny" / "work" / "record" / "train"
+    _wait_for(work / "shard-000002.arrow", process)
+    process.kill()
+    process.join()
+    kept = len(list(work.glob("*.arrow")))
+    again = run(recipe, *settings)
+    assert again.exit_code == 0, again.output
+    ours, theirs = (tmp_path / name / "tiny" / "recording" for name in ("runs", "whole"))
+    files = sorted(path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file())
+    assert len(files) > kept
+    for file in files:
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset, concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,15 +76,34 @@ def record(
     raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
     """
     settings = RecordingSettings(kind, k, draws, temperature, seed)
-    accelerator = accelerator or Accelerator()
-    scribe = Scribe(settings, teacher, tokenizer, data_collator, accelerator, teacher_model_kwargs)
-    folder = Path(output_dir) if output_dir is not None else _in_cache(dataset, scribe, shard_rows)
-    _on_main_first(accelerator, lambda: claim(folder, scribe.identity | {"shard_rows": shard_rows}))
+    with _one_accelerator(accelerator) as accelerator:
+        scribe = Scribe(
+            settings, teacher, tokenizer, data_collator, accelerator, teacher_model_kwargs
+        )
+        folder = Path(output_dir) if output_dir else _in_cache(dataset, scribe, shard_rows)
+        identity = scribe.identity | {"shard_rows": shard_rows}
+        _on_main_first(accelerator, lambda: claim(folder, identity))
+        shards = _fill(folder, scribe, dataset, shard_rows, batch_size, accelerator)
+        accelerator.wait_for_everyone()
+        _on_main_first(accelerator, lambda: finish(folder, scribe, shards))
+    return load_recording(folder)
+
+
+def _fill(
+    folder: Path,
+    scribe: Scribe,
+    dataset: Any,
+    shard_rows: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> int:
+    """Write the shards that are missing, this process its own ones; how many there are in all."""
+    whole = {path.name for path in folder.glob("shard-*.arrow")}
     bar = _Bar(len(dataset) if hasattr(dataset, "__len__") else None, accelerator)
     number = 0
     for number, rows in enumerate(shards_of(dataset, shard_rows), 1):
         path = folder / shard_name(number - 1)
-        if path.exists():
+        if path.name in whole:
             check_same_rows(path, rows)
             bar.skip(len(rows))
         elif (number - 1) % accelerator.num_processes == accelerator.process_index:
@@ -90,9 +112,7 @@ def record(
     bar.close()
     if number == 0:
         raise InputError("there are no rows to record: the data set is empty")
-    accelerator.wait_for_everyone()
-    _on_main_first(accelerator, lambda: finish(folder, scribe, number))
-    return load_recording(folder)
+    return number
 
 
 def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
@@ -150,26 +170,26 @@ def estimate(
     **teacher_model_kwargs: Any,
 ) -> Estimate:
     """Time and size of `record`, from a few rows spread over the data set."""
-    accelerator = accelerator or Accelerator()
-    scribe = Scribe(
-        settings or RecordingSettings(),
-        teacher,
-        tokenizer,
-        data_collator,
-        accelerator,
-        teacher_model_kwargs,
-    )
-    if len(dataset) == 0:
-        raise InputError("there are no rows to record: the data set is empty")
-    number = min(sample_rows, len(dataset))
-    sample = [dataset[i * len(dataset) // number] for i in range(number)]
-    warm_up = sample[:batch_size]
-    scribe.values(warm_up, batch_size, seed=0)
-    start = time.perf_counter()
-    values = scribe.values(sample, batch_size, seed=0)
-    seconds = time.perf_counter() - start
-    targets = sum(header_of(value, "a sampled row").targets for value in values)
-    size, scale = sum(map(len, values)), len(dataset) / number
+    with _one_accelerator(accelerator) as accelerator:
+        scribe = Scribe(
+            settings or RecordingSettings(),
+            teacher,
+            tokenizer,
+            data_collator,
+            accelerator,
+            teacher_model_kwargs,
+        )
+        if len(dataset) == 0:
+            raise InputError("there are no rows to record: the data set is empty")
+        number = min(sample_rows, len(dataset))
+        sample = [dataset[i * len(dataset) // number] for i in range(number)]
+        warm_up = sample[:batch_size]
+        scribe.values(warm_up, batch_size, seed=0)
+        start = time.perf_counter()
+        values = scribe.values(sample, batch_size, seed=0)
+        seconds = time.perf_counter() - start
+        targets = sum(header_of(value, "a sampled row").targets for value in values)
+        size, scale = sum(map(len, values)), len(dataset) / number
     return Estimate(
         rows=len(dataset),
         targets=round(targets * scale),
@@ -187,6 +207,21 @@ def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
         raise InputError("a stream has no fingerprint: give an output_dir for its recording")
     name = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
     return Path(datasets.config.HF_DATASETS_CACHE) / "hf_distill" / name
+
+
+@contextmanager
+def _one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
+    """The user's, or one for this work alone, that a Trainer after it knows nothing of."""
+    if given is not None:
+        yield given
+        return
+    fresh = not AcceleratorState._shared_state
+    # Without being told, several processes on CPUs would not know of each other.
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    yield Accelerator(cpu=not deepspeed and not torch.accelerator.is_available())
+    if fresh:
+        # A Trainer that wants mixed precision would be refused by a state without.
+        AcceleratorState._reset_state()
 
 
 def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None:
@@ -215,8 +250,9 @@ class _Bar:
         self.targets = self.size = 0
 
     def skip(self, rows: int) -> None:
-        self.bar.initial += rows
-        self.bar.update(rows)
+        if not self.bar.disable:
+            self.bar.initial += rows  # not counted in the speed
+            self.bar.update(rows)
 
     def tell(self, rows: int, targets: int, size: int) -> None:
         self.targets += targets
@@ -225,7 +261,8 @@ class _Bar:
         shown = f"{speed:,.0f} targets/s, {self.size / max(self.targets, 1):.0f} bytes/target"
         self.bar.set_postfix_str(shown, refresh=False)
         # The other processes are about as far.
-        self.bar.update(min(rows * self.processes, (self.bar.total or 2**62) - self.bar.n))
+        left = (self.bar.total or 2**62) - self.bar.n
+        self.bar.update(min(rows * self.processes, left))
 
     def close(self) -> None:
         self.bar.close()

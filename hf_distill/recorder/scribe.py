@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ class Scribe:
         if found is None:
             raise InputError("there is no teacher to record: give a model, its id or its path")
         self.settings, self.teacher, self.device = settings, found, accelerator.device
+        self.rounding: float | None = None  # of the first batch that `values` last saw
         tokenizer = tokenizer or found.tokenizer
         self.collate = data_collator or _collator(tokenizer)
         vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
@@ -94,7 +96,10 @@ class Scribe:
         del told["targets"], told["row"]
         told["teacher"] = f"{told['teacher']:016x}"
         told["tokenizer"] = f"{told['tokenizer']:016x}"
-        told |= {"codec": codec.VERSION, "teacher_name": self.teacher.name}
+        name = self.teacher.name
+        if Path(name).exists():
+            name = Path(name).name  # a path of this machine means nothing elsewhere
+        told |= {"codec": codec.VERSION, "teacher_name": name}
         return told | ({"seed": self.settings.seed} if self.header.kind == "sampled" else {})
 
     @torch.no_grad()
@@ -113,6 +118,7 @@ class Scribe:
         generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
         values: list[bytes] = [b""] * len(rows)
+        self.rounding = None
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             found = self._batch([rows[i] for i in chosen], generator)
@@ -140,6 +146,8 @@ class Scribe:
             logits = signal[part].logits[:, : self.header.vocabulary].float()
             parts.append(self._said(logits, wanted[part], generator))
         said = _joined(parts)
+        if self.rounding is None and isinstance(said, TopK):
+            self.rounding = rounding(said, self.header.vocabulary)
         values, at = [], 0
         starts = starts_of(batch, labels)
         for number, row in enumerate(rows):
@@ -184,6 +192,14 @@ def _joined(parts: list[Any]) -> Any:
         return np.concatenate(parts)
     columns = zip(*(asdict(part).values() for part in parts), strict=True)
     return type(parts[0])(*(np.concatenate(column) for column in columns))
+
+
+def rounding(said: TopK, vocabulary: int) -> float:
+    """How much probability the codec moves, a target: half the sum of |exact - decoded|."""
+    n, k = said.ids.shape
+    back = codec.decode_top_k(codec.encode_top_k(said), n, k, vocabulary)
+    moved = np.abs(np.exp(back.log_probs) - np.exp(said.log_probs)).sum(1) / 2
+    return round(float(moved.mean()), 6)
 
 
 def _encoded(said: Any, mine: slice) -> bytes:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
+from jinja2 import StrictUndefined, Template
 
 from hf_distill.errors import InputError
 from hf_distill.recorder.scribe import Scribe
@@ -53,18 +55,21 @@ def write_shard(
     batch_size: int,
     tell: Callable[[int, int, int], None],
 ) -> None:
-    """One shard, under its name only when it is whole."""
+    """One shard, under its name only when it is whole; its counts beside it, before."""
     plain: list[Mapping[str, Any]] = rows.with_format(None).to_list()
     seed = scribe.settings.seed * 1_000_003 + index
     values = scribe.values(plain, batch_size, seed=seed, tell=tell)
     features = Features({**rows.features, COLUMN: Value("large_binary")})
     table = _table(rows).append_column(COLUMN, pa.array(values, pa.large_binary()))
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(path.name + ".partial")
     with ArrowWriter(path=str(partial), features=features) as writer:
         writer.write_table(table)
         writer.finalize()
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
+    targets = sum(header_of(value, "a row").targets for value in values)
+    counts = {"rows": len(values), "targets": targets, "bytes": sum(map(len, values))}
+    _write_whole(path.with_suffix(".json"), json.dumps(counts | {"rounding": scribe.rounding}))
     partial.replace(path)
 
 
@@ -101,22 +106,33 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
 
 def finish(folder: Path, scribe: Scribe, shards: int) -> None:
     """The manifest and the card, which say that all shards are there."""
-    rows = targets = size = 0
+    parts = []
     for index in range(shards):
-        part = Dataset.from_file(str(folder / shard_name(index))).select_columns(COLUMN)
-        rows += len(part)
-        for row in part:
-            targets += header_of(row[COLUMN], "a shard").targets
-            size += len(row[COLUMN])
-    counts = {"shards": shards, "rows": rows, "targets": targets, "bytes": size}
-    versions = {name: version(name) for name in ("hf-distill", "torch", "transformers")}
-    mean = {"bytes_per_target": round(size / max(targets, 1), 2)}
-    manifest = {**scribe.identity, **counts, **mean, "versions": versions}
+        path = (folder / shard_name(index)).with_suffix(".json")
+        parts.append(json.loads(path.read_text(encoding="utf-8")))
+    counts = {name: sum(part[name] for part in parts) for name in ("rows", "targets", "bytes")}
+    told = [part["rounding"] for part in parts if part["rounding"] is not None]
+    manifest = {
+        **scribe.identity,
+        "shards": shards,
+        **counts,
+        "bytes_per_target": round(counts["bytes"] / max(counts["targets"], 1), 2),
+        "rounding": round(sum(told) / len(told), 6) if told else None,
+        "versions": {name: version(name) for name in ("hf-distill", "torch", "transformers")},
+    }
+    write_card(folder, manifest)
     _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
+def write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    """`README.md`: what a reader on the Hub needs to know of the recording."""
+    template = (files("hf_distill") / "templates" / "recording.md.jinja").read_text("utf-8")
+    told = Template(template, undefined=StrictUndefined, keep_trailing_newline=True)
+    _write_whole(folder / "README.md", told.render(**manifest))
+
+
 def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
