@@ -8,7 +8,7 @@
 Trainer (`sft`), ours with alpha 0, ours from a recording. `forward`: a gpt2-medium-sized teacher's
 plain forward against `record` on the same rows. `quality`: what the codec does to the
 gradient by the logits of a trained student, beside the full distribution, on the held-out
-rows of a run folder with a trained teacher and baseline.
+rows of a run folder with a trained teacher and baseline. `scale`: ten times more rows.
 """
 
 from __future__ import annotations
@@ -156,6 +156,20 @@ def forward(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "peak_mb": memory_mb("VmHWM")}
 
 
+def scale(options: argparse.Namespace) -> dict[str, Any]:
+    """Memory of recording and of reading in random order, and the time a row takes."""
+    data = rows(options.rows, 64, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        made = record(data, model("tiny", 2000, 1), Path(folder) / "r", data_collator=COLLATE)
+        recording_mb = memory_mb("VmRSS")
+        order = np.random.default_rng(0).permutation(len(made))[:500].tolist()
+        start = time.perf_counter()
+        for index in order:
+            made[index]
+        seconds = (time.perf_counter() - start) / len(order)
+    return {"rows": len(data), "resident_mb": recording_mb, "read_us_per_row": 1e6 * seconds}
+
+
 # ---- Bytes against quality ----
 
 
@@ -247,7 +261,9 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--run", type=Path, help="a run folder with teacher and baseline")
     arguments.add_argument("--targets", type=int, default=2000)
-    arguments.add_argument("--part", default="step,forward", help=argparse.SUPPRESS)
+    arguments.add_argument(
+        "--part", default="step,forward,scale", help="which of step, forward and scale"
+    )
     arguments.add_argument("--vocabulary", type=int, default=50257)
     arguments.add_argument("--student", default="gpt2", choices=SHAPES)
     arguments.add_argument("--teacher", default="gpt2-medium", choices=SHAPES)
@@ -255,11 +271,15 @@ def main() -> None:
     arguments.add_argument("--kind", default="top_k")
     arguments.add_argument("--k", type=int, default=64)
     arguments.add_argument("--repeats", type=int, default=4)
+    arguments.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     arguments.add_argument("--folder", help=argparse.SUPPRESS)
     arguments.add_argument("--small", action="store_true", help="tiny models, one round")
     options = arguments.parse_args()
     if options.worker == "write":
         answer(lambda: write(options))
+        return
+    if options.worker == "scale":
+        answer(lambda: scale(options))
         return
     if options.worker:
         part = forward if options.worker in ("forward", "record") else step
@@ -288,6 +308,10 @@ def main() -> None:
         for row in found:
             ratio = seconds["forward"] / row["seconds"]
             tell(row | described | {"record_ratio_to_forward": round(ratio, 3)}, options.json)
+    if "scale" in options.part:
+        for number in (2000, 20000):
+            (row,) = in_turn(__file__, ["scale"], {"rows": number}, 1)
+            tell(row, options.json)
     if options.run is not None:
         for row in quality(options.run, options.targets):
             tell(row, options.json)

@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -256,13 +256,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, kind: str, repo: str, revision: str, path: str) -> None:
         files = self._tree_of(self._repo(kind, repo), revision)
-        inside = [name for name in sorted(files) if not path or name.startswith(f"{path}/")]
-        self._send_json([_entry(name, files[name]) for name in inside])
+        start = f"{path}/" if path else ""
+        inside = [name for name in sorted(files) if name.startswith(start)]
+        if path and not inside:
+            raise _Refusal(404, "EntryNotFound", f"{path} does not exist on {revision}")
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0] == "true"
+        folders = {str(parent) for name in inside for parent in PurePosixPath(name).parents}
+        entries = [
+            _folder(name) for name in sorted(folders - {".", path}) if name.startswith(start)
+        ]
+        entries += [_entry(name, files[name]) for name in inside]
+        self._send_json([e for e in entries if recursive or "/" not in e["path"][len(start) :]])
 
     def _paths_info(self, kind: str, repo: str, revision: str) -> None:
         files = self._tree_of(self._repo(kind, repo), revision)
         wanted = json.loads(self.body)["paths"]
-        self._send_json([_entry(name, files[name]) for name in wanted if name in files])
+        folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+        entries = [_entry(name, files[name]) for name in wanted if name in files]
+        self._send_json(entries + [_folder(name) for name in wanted if name in folders - {"."}])
 
     # -- uploading ----------------------------------------------------------------------------
 
@@ -322,6 +333,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "EntryNotFound", f"Entry not found: {path}")
         etag = _entry(path, files[path])["oid"]
         self._send_range(files[path], ETag=f'"{etag}"', **commit)
+
+
+def _folder(name: str) -> dict[str, Any]:
+    return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:

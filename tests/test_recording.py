@@ -273,6 +273,15 @@ def test_two_processes_record_and_train_as_with_a_live_teacher(tmp_path: Path) -
     assert [row[COLUMN] for row in load_recording(tmp_path / "r")] == alone[:][COLUMN]
 
 
+def test_a_live_teacher_may_evaluate_what_recordings_train(tmp_path: Path) -> None:
+    teacher, held_out = small_model(1), rows(5, seed=9)
+    data = recorded(tmp_path, rows(), teacher, kind="top_k", k=8)
+    mixed = make_trainer(tmp_path, data, teacher, eval_dataset=held_out, max_steps=2)
+    live = make_trainer(tmp_path, rows(), teacher, eval_dataset=held_out, max_steps=2)
+    assert mixed.evaluate()["eval_forward_kl"] == live.evaluate()["eval_forward_kl"]
+    mixed.train()
+
+
 def test_resumed_training_from_a_recording_is_the_uninterrupted_one(tmp_path: Path) -> None:
     data = recorded(tmp_path, rows(), kind="top_k", k=8)
     options = {"save_strategy": "steps", "save_steps": 5}
