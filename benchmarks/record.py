@@ -202,7 +202,24 @@ def gradient(ours: torch.Tensor, labels: torch.Tensor, signal: Any) -> torch.Ten
 
 def sparse(content: codec.TopK, labels: torch.Tensor) -> Sparse:
     ids, log_probs = _with_label(content, labels.numpy())
-    return Sparse(*map(torch.from_numpy, (ids, log_probs.astype(np.float32), content.log_tail)))
+    return Sparse(*map(torch.from_numpy, (ids, np.float32(log_probs), np.array(content.log_tail))))
+
+
+def polynomial(theirs: torch.Tensor, k: int, exact: int, powers: list[float]) -> Sparse:
+    """DistillKit's format, from its description: the largest log-probabilities in bfloat16, the
+    others by a polynomial of their rank, fitted for each target, coefficients in float32. It keeps
+    no tail; here it is given what the named probabilities leave.
+    """
+    log_probs, ids = theirs.log_softmax(-1).topk(k)
+    rank = torch.arange(exact, k, dtype=torch.float64) / k
+    basis = torch.stack([rank**power for power in powers], 1)
+    solved = torch.linalg.lstsq(basis, log_probs[:, exact:].double().T).solution
+    fitted = (basis @ solved.float().double()).T.float()
+    named = torch.cat([log_probs[:, :exact].bfloat16().float(), fitted], 1)
+    left = 1 - named.exp().sum(-1)
+    excess = (-left).clamp(min=0)
+    named = named - torch.log1p(excess)[:, None]
+    return Sparse(ids, named, left.clamp(min=1e-7).log())
 
 
 def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:
@@ -211,12 +228,12 @@ def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:
     exact = gradient(ours, labels, theirs.clone())
     header = 48 / 512  # of a row of 512 targets
 
-    def row(variant: str, kind: str, k: int, size: float, signal: Any) -> dict[str, Any]:
+    def row(variant: str, kind: str, k: int, size: float | None, signal: Any) -> dict[str, Any]:
         found = gradient(ours, labels, signal)
         error = float((found - exact).norm() / exact.norm())
         cosine = float((found * exact).sum() / found.norm() / exact.norm())
         told = {"variant": variant, "kind": kind, "k": k, "vocabulary": vocabulary}
-        told |= {"bytes_per_token": round(size, 1), "targets": n}
+        told |= {"bytes_per_token": None if size is None else round(size, 1), "targets": n}
         return told | {
             "gradient_cosine": round(cosine, 5), "gradient_relative_error": round(error, 5)
         }  # fmt: skip
@@ -229,7 +246,7 @@ def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:
         ids = sum(part.nbytes for part in codec._rice(
             (np.diff(content.ids, axis=1, prepend=-1) - 1).ravel(), codec._quarters(n, k), 4 * n
         ))  # fmt: skip
-        exactly = row("exact values", "top_k", k, float("nan"), sparse(content, labels))
+        exactly = row("exact values", "top_k", k, None, sparse(content, labels))
         coded = row("codec", "top_k", k, size, sparse(back, labels))
         coded["bytes_of_ids"] = round(ids / n, 1)
         coded["error_ratio_to_exact_values"] = round(
@@ -237,6 +254,9 @@ def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:
         )
         yield exactly
         yield coded
+    for k, top, powers in ((128, 16, [0, 1, 2, 3, 4, 0.5]), (50, 1, [0, 1, 0.5])):
+        size = 2 * k + 2 * top + 4 * len(powers)
+        yield row("polynomial", "top_k", k, size, polynomial(theirs, k, top, powers))
     generator = torch.Generator().manual_seed(0)
     for draws in (25, 50, 100, 200):
         parts = [sampled(part, draws, generator) for part in theirs.split(256)]
@@ -252,6 +272,31 @@ def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:
         yield row("codec", "sampled", draws, len(data) / n + header, signal)
 
 
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Bytes against the gradient's error, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for label, variant, kind, style in (
+        ("top_k", "codec", "top_k", "o-"),
+        ("sampled", "codec", "sampled", "s-"),
+        ("DistillKit's format, simulated", "polynomial", "top_k", "^"),
+    ):
+        rows = [r for r in found if r["variant"] == variant and r["kind"] == kind]
+        points = [(r["bytes_per_token"], r["gradient_relative_error"]) for r in rows]
+        axes.plot(*zip(*points, strict=True), style, label=label)
+        for (x, y), r in zip(points, rows, strict=True):
+            axes.annotate(r["k"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="bytes a target, everything included")
+    axes.set_ylabel("error of the gradient, relative")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def tell(row: dict[str, Any], as_json: bool) -> None:
     shown = row if as_json else {k: v for k, v in row.items() if k != "seconds_range"}
     print(json.dumps(shown) if as_json else "  ".join(f"{k} {v}" for k, v in shown.items()))
@@ -260,6 +305,7 @@ def tell(row: dict[str, Any], as_json: bool) -> None:
 def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--run", type=Path, help="a run folder with teacher and baseline")
+    arguments.add_argument("--plot", type=Path, help="with --run: an SVG of bytes against error")
     arguments.add_argument("--targets", type=int, default=2000)
     arguments.add_argument(
         "--part", default="step,forward,scale", help="which of step, forward and scale"
@@ -313,8 +359,11 @@ def main() -> None:
             (row,) = in_turn(__file__, ["scale"], {"rows": number}, 1)
             tell(row, options.json)
     if options.run is not None:
-        for row in quality(options.run, options.targets):
+        found = list(quality(options.run, options.targets))
+        for row in found:
             tell(row, options.json)
+        if options.plot is not None:
+            draw(found, options.plot)
 
 
 if __name__ == "__main__":

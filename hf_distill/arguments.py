@@ -53,9 +53,12 @@ class DistillationArguments(TrainingArguments):
             "whole logits. Where the head is not a plain linear layer, this is off by itself."
         },
     )
-    head_memory_mb: int = field(
-        default=128,
-        metadata={"help": "What the logits of student and teacher may take at a time, in MB."},
+    head_memory_mb: int | None = field(
+        default=None,
+        metadata={
+            "help": "What the logits of student and teacher may take at a time, in MB; by default "
+            "128, or three quarters of the output head's gradient where that is more."
+        },
     )
     mixed_recordings: bool = field(
         default=False,
@@ -113,7 +116,10 @@ class DistillationArguments(TrainingArguments):
             "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
             "temperature": (0 < self.temperature < float("inf"), "above 0"),
             "beta": (0 < self.beta < 1, "strictly between 0 and 1"),
-            "head_memory_mb": (self.head_memory_mb >= 1, "at least 1"),
+            "head_memory_mb": (
+                self.head_memory_mb is None or self.head_memory_mb >= 1,
+                "at least 1",
+            ),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
         }
         for name, (fits, allowed) in ranges.items():

@@ -25,6 +25,7 @@ from hf_distill.targets import accumulator
 
 # What the rows of one block may take in float32: the second-level cache of a core.
 BLOCK_BYTES = 2**21
+LEAST_MEMORY = 128 * 2**20
 # Rows of the head whose gradient is added up at a time where it needs a float32 copy first.
 SLICE = 8192
 # Float32 copies of a chunk's logits that are alive together where a chunk is one block.
@@ -119,13 +120,13 @@ def fused_loss(
     weights: Weights,
     *,
     scale: Tensor,
-    memory_mb: float = 128,
+    memory_mb: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What some targets cost, times `scale`, and the values that it is made of.
 
     hidden: (targets, width), the student's; labels: (targets,) int64, none of them ignored
     scale: 0-dim, one over the number of targets in the step
-    memory_mb: how much the logits of both models may take at a time
+    memory_mb: how much the logits of both models may take at a time; see `default_memory`
     returns: a 0-dim loss that can be differentiated once, by hidden, head.weight and head.bias;
         and (targets,) each, without gradient, `ce` and with a signal `divergence`. Where gradients
         are off, also `teacher_ce` and `top1_agreement` (see `blocks.values_only`)
@@ -146,6 +147,15 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     """What a linear layer would multiply these states in, here and now."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def default_memory(head: Head) -> float:
+    """Bytes for the logits of a chunk: 128 MB, or more where the head is large.
+
+    Each chunk reads and writes the head's gradient once, which has to be little beside its
+    products: chunks of 110 targets at 152k ids took a third longer than the products alone.
+    """
+    return max(LEAST_MEMORY, 0.75 * 4 * head.weight.numel())
 
 
 class _Differentiable(torch.autograd.Function):
@@ -191,11 +201,12 @@ class _Pass:
         signal: Signal | None,
         weights: Weights,
         scale: Tensor,
-        memory_mb: float,
+        memory_mb: float | None,
         dtype: torch.dtype,
     ) -> None:
         self.labels, self.signal, self.weights = labels, signal, weights
-        self.memory, self.dtype = memory_mb * 2**20, dtype
+        self.memory = default_memory(head) if memory_mb is None else memory_mb * 2**20
+        self.dtype = dtype
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.head = head
         self.scale = scale.to(self.wide)

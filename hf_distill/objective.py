@@ -106,7 +106,7 @@ class Objective:
         signal: Signal | None,
         scale: Tensor,
         *,
-        memory_mb: int,
+        memory_mb: float | None,
     ) -> Judgement:
         """The same from what goes into the student's output head, without whole logits.
 

@@ -50,7 +50,7 @@ def test_a_minimal_recipe(path: Path) -> None:
     assert recipe.data.max_length == 512
     assert recipe.baseline
     own = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "beta": 0.5, "skew": 0.1}
-    own |= {"fused_head": True, "head_memory_mb": 128, "mixed_recordings": False}
+    own |= {"fused_head": True, "mixed_recordings": False}
     assert arguments(recipe.train) == TRAIN_DEFAULTS | own | {"learning_rate": 1e-4}
 
 
