@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-distributed lint bench clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ test: lint  ## the everyday tier, at most 10 minutes on 2 cores
 
 test-all: lint  ## the full grids, at most an hour
 	$(PYTEST)
+
+test-distributed: lint  ## every engine on two processes, about ten minutes
+	$(PYTEST) -m distributed
 
 $(VENV)/bench: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

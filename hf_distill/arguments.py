@@ -64,6 +64,13 @@ class DistillationArguments(TrainingArguments):
         default=False,
         metadata={"help": "Let rows have recordings of different teachers."},
     )
+    teacher_placement: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the teacher's weights lie: 'replicated' on every device, 'sharded' over "
+            "them, 'offloaded' to the CPU, or 'auto', which chooses by their size."
+        },
+    )
     teacher_model_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Passed to from_pretrained where the teacher is an id or a path."},

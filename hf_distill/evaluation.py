@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill import measure, vocabulary
 from hf_distill.blocks import Sampled, Sparse
 from hf_distill.data import collator
+from hf_distill.engines import plain_accelerator
 from hf_distill.errors import InputError
 from hf_distill.metrics import (
     BitsPerByte,
@@ -72,7 +73,7 @@ def evaluate_student(
         docs/evaluation.md defines each.
     raises: InputError for rows without targets, ids that a model lacks, a loss that is not finite
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or plain_accelerator()
     batches = _batches(dataset, data_collator or collator(tokenizer), batch_size, accelerator)
     with _as_they_were(student, teacher):
         pair = _Pair(student, teacher, accelerator)
@@ -81,7 +82,7 @@ def evaluate_student(
         shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
         figures = _quality(pair, shown, tokenizer, shared_vocabulary, accelerator)
         figures |= measure.size(pair.plain)
-        if speed:
+        if speed and not pair.together:  # what is in shards is asked by all processes at once
             figures |= _on_main(accelerator, lambda: measure.speed(pair.plain))
     return figures
 
@@ -97,20 +98,22 @@ class _Pair:
     ) -> None:
         self.student = student.eval()
         self.plain = accelerator.unwrap_model(student)
-        placed = [getattr(self.plain, name, None) for name in ("hf_device_map", "is_quantized")]
-        if not any(placed):
-            student.to(accelerator.device)
         # An adapter's own forward accepts anything; its base names what it knows.
         base = self.plain.get_base_model() if hasattr(self.plain, "get_base_model") else self.plain
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._readable = vocabulary.embedding_rows(base)
         self._rows = vocabulary.head_rows(base)
         self._autocast = accelerator.autocast
-        own = isinstance(teacher, LiveTeacher) and teacher.model is student
+        found = None if teacher is student else as_teacher(teacher)
+        if found is not None:
+            found.prepare(accelerator, student_reads=self._readable)
+        own = isinstance(found, LiveTeacher) and found.model is student
+        self.together = own and getattr(found, "together", False)
         self._itself = own or teacher is student
-        self.teacher = None if self._itself else as_teacher(teacher)
-        if self.teacher is not None:
-            self.teacher.prepare(accelerator, student_reads=self._readable)
+        self.teacher = None if self._itself else found
+        placed = [getattr(self.plain, name, None) for name in ("hf_device_map", "is_quantized")]
+        if not any([*placed, own]):
+            student.to(accelerator.device)
 
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many ids mean the same to both; InputError if their tokens are known to differ."""

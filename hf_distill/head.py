@@ -13,6 +13,8 @@ of the head in float32 at least; sums over positions in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,23 +95,36 @@ class Hidden:
     """What goes into a teacher's output head, and the head.
 
     states: (targets, width), in the dtype that their product is to run in
+    gather: makes a head whole for as long as it is used, where its weight lies in shards
     """
 
     states: Tensor
     head: Head
+    gather: Callable[[Head], AbstractContextManager[Head]] = nullcontext
 
     def __getitem__(self, rows: slice) -> Hidden:
-        return Hidden(self.states[rows], self.head)
+        return Hidden(self.states[rows], self.head, self.gather)
+
+    @contextmanager
+    def whole(self) -> Iterator[Hidden]:
+        """The same with a whole head. Every process has to call it as often as the others."""
+        with self.gather(self.head) as head:
+            yield Hidden(self.states, head)
 
     @property
     def logits(self) -> Tensor:
         """All of them at once, (targets, ids)."""
-        with torch.autocast(self.states.device.type, enabled=False):
-            logits = self.head.cast(self.states.dtype).product(self.states)
-            return self.head.finish(logits.float())
+        with self.whole() as signal, torch.autocast(self.states.device.type, enabled=False):
+            logits = signal.head.cast(self.states.dtype).product(self.states)
+            return signal.head.finish(logits.float())
 
 
 Signal = Logits | Hidden | Sparse | Sampled
+
+
+def whole(signal: Signal | None) -> AbstractContextManager[Signal | None]:
+    """A signal whose head, if it brings one, is not in shards while this lasts."""
+    return signal.whole() if isinstance(signal, Hidden) else nullcontext(signal)
 
 
 def fused_loss(
@@ -222,6 +237,12 @@ class _Pass:
         of_bias: bool = False,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The loss, and in float32 at least the gradients that are asked for."""
+        with whole(self.signal) as self.signal:
+            return self._run(hidden, of_hidden, of_weight, of_bias)
+
+    def _run(
+        self, hidden: Tensor, of_hidden: bool, of_weight: bool, of_bias: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         gradient = of_hidden or of_weight or of_bias
         self.head, signal = self.head.cast(self.dtype), self._narrow(all_ids=not gradient)
         ids = len(self.head.weight)

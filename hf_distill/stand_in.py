@@ -8,11 +8,15 @@ So the head's `forward` is replaced on the instance, for one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_distill.head import Finish, Head
@@ -31,11 +35,13 @@ class StandIn:
     """The place of a model's output head.
 
     model: not yet wrapped by an engine
+    adapter: which of a `peft` model's adapters it will run with: None for the active one, "" for
+        none of them
     raises: UnusualHead unless the head is a plain linear layer
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.module = _linear_head(model)
+    def __init__(self, model: PreTrainedModel, adapter: str | None = None) -> None:
+        self.module = _linear_head(model, adapter)
         self.finish = _after_the_head(model)
         self._probed = False
 
@@ -77,6 +83,20 @@ class StandIn:
             self._probed = True
         return outputs, results[0]
 
+    @contextmanager
+    def whole_head(self, head: Head) -> Iterator[Head]:
+        """The head as it is now, its weight gathered where an engine keeps it in shards.
+
+        A collective of all processes, if so.
+        """
+        parts = [part for part in (self.module.weight, self.module.bias) if part is not None]
+        # Of a student's own forward, ZeRO-3 may have the weight gathered already, and would be
+        # confused to find it given away.
+        away = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
+        with _gathered(away), torch.no_grad():
+            weight, *bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
+            yield Head(weight, bias[0] if bias else None, head.finish)
+
     def _check_probe(self, logits: Tensor) -> None:
         found = logits.detach().float().cpu()
         expected = torch.tensor(PROBE)
@@ -86,10 +106,22 @@ class StandIn:
             raise UnusualHead("it changes its logits in a way that its config does not tell")
 
 
-def _linear_head(model: PreTrainedModel) -> nn.Linear:
+def _gathered(parameters: list[Any]) -> Any:
+    """ZeRO-3's parameters, whole while this lasts; the library is only there where they are."""
+    if not parameters:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameters)
+
+
+def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     head: Any = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # an adapter trains a copy of the head
-        head = head.modules_to_save[head.active_adapter]
+    if isinstance(head, ModulesToSaveWrapper):  # an adapter trains a copy of the head
+        copies, name = head.modules_to_save, adapter or head.active_adapters[0]
+        head = copies[name] if adapter != "" and name in copies else head.original_module
+    if isinstance(head, BaseTunerLayer) and adapter == "":
+        head = head.get_base_layer()
     if type(head) is not nn.Linear:
         raise UnusualHead(f"its output head is a {type(head).__name__}, not a plain linear layer")
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:

@@ -39,6 +39,7 @@ from hf_distill.targets import (
     target_labels,
 )
 from hf_distill.teachers import (
+    AdapterTeacher,
     Teacher,
     as_teacher,
     recorded_signal,
@@ -90,16 +91,22 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
             )
         if isinstance(model, str | Path):
             model = load_model(model, "student", **args.model_kwargs("student"))
+        _refuse_prompts(model)
+        itself: Any = model
+        if model is not None and teacher is model:
+            own = trainer_arguments.get("processing_class")
+            teacher = AdapterTeacher(itself, tokenizer=own, whole_logits=not args.fused_head)
         self.teacher = as_teacher(
             teacher,
             teacher_tokenizer,
             whole_logits=not args.fused_head,
+            placement=args.teacher_placement,
             **args.model_kwargs("teacher"),
         )
         self._custom_divergence = divergence
         sets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
         self._recorded = self._find_recordings(args, **sets)
-        super().__init__(model=model, args=args, **trainer_arguments)
+        super().__init__(model=itself, args=args, **trainer_arguments)
         if self._recorded is not None:
             self._read_recordings(self._recorded, head_rows(_unwrapped(self.model)))
         self._accepted_by_student = _forward_parameters(self.model)
@@ -400,6 +407,7 @@ class DistillationTrainer(DistillationMixin):
 
     model: the student, a causal language model or its id or path
     teacher: a causal language model, its id or path, or any object with the `Teacher` protocol;
+        the student itself, if it has an adapter: its base teaches (see also `AdapterTeacher`);
         None where the rows bring recordings (`hf_distill.record`), or alpha is 0
     args: `DistillationArguments`
     teacher_tokenizer: to check that ids mean the same; found by itself beside a local teacher
@@ -414,6 +422,17 @@ class DistillationTrainer(DistillationMixin):
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside an adapter; the model itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _refuse_prompts(model: Any) -> None:
+    """InputError for learned prompts: they stand before the tokens and move every position."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise InputError(
+                f"adapter {name!r} is {config.peft_type.value}, whose learned prompt gives the "
+                "student other positions than the teacher has: use an adapter on the weights, as "
+                "LoRA"
+            )
 
 
 def _forward_parameters(model: nn.Module) -> set[str]:

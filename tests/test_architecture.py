@@ -12,6 +12,7 @@ PACKAGE = Path(hf_distill.__file__).parent
 FLOORS = (
     {"errors", "divergences", "targets", "gradients", "blocks", "head", "features"},
     {
+        "engines",
         "pretrained",
         "checkpoints",
         "objective",
@@ -30,7 +31,8 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within a floor a room may stand on its neighbour in this order, never in a circle.
 ORDER = {
-    "pretrained": 0, "errors": 0, "checkpoints": 0, "figures": 0, "arguments": 0, "measure": 0,
+    "pretrained": 0, "errors": 0, "engines": 0, "checkpoints": 0, "figures": 0, "arguments": 0,
+    "measure": 0,
     "artifacts": 1, "recorded_rows": 1,
     "divergences": 1, "targets": 1, "gradients": 2, "blocks": 3, "head": 4,
     "stand_in": 1, "objective": 1, "vocabulary": 1, "pretraining": 1,

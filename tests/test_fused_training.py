@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,39 +301,3 @@ def test_a_term_of_a_subclass_sees_real_logits(tmp_path: Path, heads: list[int])
 
     make_trainer(tmp_path, WithPenalty).train()
     assert not heads
-
-
-# ---- Engines ----
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_is_on_and_equals_one_process(stage: int, tmp_path: Path) -> None:
-    """Not inferred from a name: parameters and optimizer are split, in memory and on disk."""
-    config = tmp_path / "accelerate.yaml"
-    text = (ROOT / "recipes" / "accelerate" / "zero2_cpu.yaml").read_text()
-    text = text.replace("zero_stage: 2", f"zero_stage: {stage}")
-    config.write_text(text + ("  zero3_save_16bit_model: true\n" if stage == 3 else ""))
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    words += ["--config_file", str(config), str(ROOT / "tests" / "zero_worker.py")]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, str(tmp_path), str(stage)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["world"] == 2
-    assert found["stage"] == stage
-    assert len(found["shards"]) == 2
-    assert found["fused"]
-    import zero_worker
-
-    single = zero_worker.make_trainer(tmp_path / "single", rows_a_step=8)
-    single.train()
-    after = torch.load(tmp_path / "weights.pt", weights_only=True)
-    torch.testing.assert_close(after, weights(single), rtol=1e-4, atol=2e-5)
-    losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
-    assert found["losses"] == pytest.approx(losses, rel=1e-4)

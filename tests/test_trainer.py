@@ -171,6 +171,7 @@ def test_no_option_is_left_out_above() -> None:
     # These change how a result is made, not the result: tests/test_fused_training.py.
     added -= {"fused_head", "head_memory_mb"}
     added -= {"mixed_recordings"}  # changes what is refused: tests/test_recording.py
+    added -= {"teacher_placement"}  # where the teacher lies: tests/test_placement.py
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}
 

@@ -45,6 +45,7 @@ RESERVED = {
     "seed": "the recipe's own 'seed' sets it",
     "data_seed": "the recipe's own 'seed' sets it",
     "teacher_model_kwargs": "use 'teacher.model_kwargs'",
+    "teacher_placement": "use 'teacher.placement'",
     "student_model_kwargs": "use 'student.model_kwargs'",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
     "do_train": "the stages decide it",
@@ -139,6 +140,8 @@ class TeacherSection(Section):
     """Hub id or folder of a causal language model."""
     model_kwargs: dict[str, Any] = {}
     """Passed to `from_pretrained`: dtype, revision, attn_implementation, ..."""
+    placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
+    """Where its weights lie: whole on every device, in shards over them, or on the CPU."""
     config: dict[str, Any] | None = None
     """Train a teacher from scratch instead: `model_type` and that model's settings."""
     train: PretrainSection | None = None  # type: ignore[valid-type]
@@ -168,6 +171,8 @@ class LoraSection(Section):
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = False
     """Adapt direction and length of the weights separately."""
+    merge: bool = False
+    """Save the student with its adapters merged into the weights, as a model like any other."""
 
 
 class RecordSection(Section):

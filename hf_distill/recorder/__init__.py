@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_distill.engines import plain_accelerator
 from hf_distill.errors import InputError
 from hf_distill.recorder.scribe import RecordingSettings, Scribe
 from hf_distill.recorder.shards import (
@@ -39,6 +40,8 @@ from hf_distill.recorder.shards import (
 )
 from hf_distill.recording import COLUMN, header_of
 from hf_distill.teachers import Teacher
+
+T = TypeVar("T")
 
 __all__ = ["Estimate", "RecordingSettings", "estimate", "load_recording", "record"]
 
@@ -58,6 +61,7 @@ def record(
     shard_rows: int = 1000,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    teacher_placement: str = "auto",
     **teacher_model_kwargs: Any,
 ) -> Dataset:
     """The same rows with one more column, what the teacher says of their targets.
@@ -72,13 +76,20 @@ def record(
         where there is no data_collator
     data_collator: the one that will be trained with, if it decides about labels
     batch_size: rows at a time on each process, of similar length
+    teacher_placement: see `DistillationArguments`; teacher_model_kwargs: for `from_pretrained`
     returns: a memory-mapped `Dataset`, the same on every process
     raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
     """
     settings = RecordingSettings(kind, k, draws, temperature, seed)
     with _one_accelerator(accelerator) as accelerator:
         scribe = Scribe(
-            settings, teacher, tokenizer, data_collator, accelerator, teacher_model_kwargs
+            settings,
+            teacher,
+            tokenizer,
+            data_collator,
+            accelerator,
+            teacher_placement,
+            teacher_model_kwargs,
         )
         folder = Path(output_dir) if output_dir else _in_cache(dataset, scribe, shard_rows)
         identity = scribe.identity | {"shard_rows": shard_rows}
@@ -97,22 +108,57 @@ def _fill(
     batch_size: int,
     accelerator: Accelerator,
 ) -> int:
-    """Write the shards that are missing, this process its own ones; how many there are in all."""
+    """Write the shards that are missing, this process its own ones; how many there are in all.
+
+    A teacher whose weights are in shards is asked by all processes together: they take their
+    shards in rounds, and who has none left asks along and keeps nothing.
+    """
     whole = {path.name for path in folder.glob("shard-*.arrow")}
+    whole = _broadcast(accelerator, whole)
+    together = getattr(scribe.teacher, "together", False)
+    batches = math.ceil(shard_rows / batch_size) if together else 0
     bar = _Bar(len(dataset) if hasattr(dataset, "__len__") else None, accelerator)
-    number = 0
+    number = missing = 0
+    mine: tuple[Dataset, int] | None = None
+    any_rows: Dataset | None = None
+
+    def write() -> None:
+        nonlocal mine
+        if mine is not None:
+            rows, index = mine
+            path = folder / shard_name(index)
+            with full_disk(folder):
+                write_shard(scribe, rows, path, index, batch_size, bar.tell, batches)
+        elif any_rows is not None:
+            scribe.values(any_rows.to_list()[:1], batch_size, seed=0, batches=batches)
+        mine = None
+
     for number, rows in enumerate(shards_of(dataset, shard_rows), 1):
         path = folder / shard_name(number - 1)
         if path.name in whole:
             check_same_rows(path, rows)
             bar.skip(len(rows))
-        elif (number - 1) % accelerator.num_processes == accelerator.process_index:
-            with full_disk(folder):
-                write_shard(scribe, rows, path, number - 1, batch_size, bar.tell)
+            continue
+        turn, any_rows = missing % accelerator.num_processes, rows
+        missing += 1
+        if turn == accelerator.process_index:
+            mine = rows, number - 1
+        if (turn == accelerator.num_processes - 1) if together else (mine is not None):
+            write()
+    if together and missing % accelerator.num_processes:
+        write()
     bar.close()
     if number == 0:
         raise InputError("there are no rows to record: the data set is empty")
     return number
+
+
+def _broadcast(accelerator: Accelerator, value: T) -> T:
+    """The main process's value, on all of them."""
+    told = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]
 
 
 def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
@@ -167,6 +213,7 @@ def estimate(
     sample_rows: int = 64,
     accelerator: Accelerator | None = None,
     settings: RecordingSettings | None = None,
+    teacher_placement: str = "auto",
     **teacher_model_kwargs: Any,
 ) -> Estimate:
     """Time and size of `record`, from a few rows spread over the data set."""
@@ -177,6 +224,7 @@ def estimate(
             tokenizer,
             data_collator,
             accelerator,
+            teacher_placement,
             teacher_model_kwargs,
         )
         if len(dataset) == 0:
@@ -216,9 +264,7 @@ def _one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
         yield given
         return
     fresh = not AcceleratorState._shared_state
-    # Without being told, several processes on CPUs would not know of each other.
-    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    yield Accelerator(cpu=not deepspeed and not torch.accelerator.is_available())
+    yield plain_accelerator()
     if fresh:
         # A Trainer that wants mixed precision would be refused by a state without.
         AcceleratorState._reset_state()
@@ -232,10 +278,9 @@ def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None
             action()
         except InputError as error:
             outcome = [str(error)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise InputError(outcome[0])
+    message = _broadcast(accelerator, outcome[0])
+    if message is not None:
+        raise InputError(message)
 
 
 class _Bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.data import Collator, collator
 from hf_distill.errors import InputError
-from hf_distill.head import Hidden, Logits
+from hf_distill.head import Hidden, Logits, whole
 from hf_distill.recording import KINDS, Header, TopK, codec, header_of
 from hf_distill.recording.capture import sampled, top_k_
 from hf_distill.recording.collate import starts_of
@@ -65,9 +66,10 @@ class Scribe:
         tokenizer: PreTrainedTokenizerBase | None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
         accelerator: Accelerator,
+        placement: str,
         model_kwargs: dict[str, Any],
     ) -> None:
-        found = as_teacher(teacher, **model_kwargs)
+        found = as_teacher(teacher, placement=placement, **model_kwargs)
         if found is None:
             raise InputError("there is no teacher to record: give a model, its id or its path")
         self.settings, self.teacher, self.device = settings, found, accelerator.device
@@ -110,10 +112,12 @@ class Scribe:
         *,
         seed: int,
         tell: Callable[[int, int, int], None] = lambda rows, targets, size: None,
+        batches: int = 0,
     ) -> list[bytes]:
         """The recording of each row, in their order.
 
         seed: of the draws; tell: called after each batch with its rows, targets and bytes
+        batches: how often to ask the teacher at least, because other processes ask it as often
         """
         generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
@@ -126,6 +130,8 @@ class Scribe:
                 values[i] = value
             targets = sum(header_of(value, "a row").targets for value in found)
             tell(len(found), targets, sum(map(len, found)))
+        for _ in range(math.ceil(len(order) / batch_size), batches):
+            self._batch([rows[order[0]]], generator)
         return values
 
     def _batch(self, rows: list[Mapping[str, Any]], generator: torch.Generator) -> list[bytes]:
@@ -141,10 +147,12 @@ class Scribe:
             raise InputError("a recorded teacher cannot be recorded again: give the live one")
         chunk = max(1, CHUNK_BYTES // (4 * self.teacher.rows))
         parts = []
-        for at in range(0, len(wanted), chunk):
-            part = slice(at, at + chunk)
-            logits = signal[part].logits[:, : self.header.vocabulary].float()
-            parts.append(self._said(logits, wanted[part], generator))
+        with whole(signal) as at_hand:
+            assert isinstance(at_hand, Hidden | Logits)
+            for at in range(0, len(wanted), chunk):
+                part = slice(at, at + chunk)
+                logits = at_hand[part].logits[:, : self.header.vocabulary].float()
+                parts.append(self._said(logits, wanted[part], generator))
         said = _joined(parts)
         if self.rounding is None and isinstance(said, TopK):
             self.rounding = rounding(said, self.header.vocabulary)

@@ -54,11 +54,15 @@ def write_shard(
     index: int,
     batch_size: int,
     tell: Callable[[int, int, int], None],
+    batches: int = 0,
 ) -> None:
-    """One shard, under its name only when it is whole; its counts beside it, before."""
+    """One shard, under its name only when it is whole; its counts beside it, before.
+
+    tell, batches: see `Scribe.values`
+    """
     plain: list[Mapping[str, Any]] = rows.with_format(None).to_list()
     seed = scribe.settings.seed * 1_000_003 + index
-    values = scribe.values(plain, batch_size, seed=seed, tell=tell)
+    values = scribe.values(plain, batch_size, seed=seed, tell=tell, batches=batches)
     features = Features({**rows.features, COLUMN: Value("large_binary")})
     table = _table(rows).append_column(COLUMN, pa.array(values, pa.large_binary()))
     partial = path.with_name(path.name + ".partial")

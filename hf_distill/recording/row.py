@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from torch.distributed.tensor import DTensor
 
 from hf_distill.recording.codec import KINDS, VERSION, Damaged
 
@@ -102,10 +103,11 @@ def tokenizer_hash(tokenizer: Any) -> int:
 
 
 def model_hash(model: Any) -> int:
-    """Of every weight, by name."""
+    """Of every weight, by name. Of a sharded model a collective of all processes."""
     digest = xxhash.xxh3_64()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
+        whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy())
     return digest.intdigest()

@@ -12,14 +12,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from hf_distill.card import CardFacts, write_card
 from hf_distill.comparison import compare, results_table
 from hf_distill.data import collator
+from hf_distill.engines import made_whole, plain_accelerator
 from hf_distill.evaluation import continuations, evaluate_student
 from hf_distill.recipe import Recipe
 from hf_distill.report import names, write_report
@@ -27,12 +25,13 @@ from hf_distill.stages.engine import Run, read_json
 from hf_distill.stages.models import (
     rows_of,
     student_initial,
-    teacher_of,
+    teacher_source,
     teacher_tokenizer_of,
     tokenizer_of,
     trained,
 )
 from hf_distill.targets import IGNORE
+from hf_distill.teachers import LiveTeacher, as_teacher
 from hf_distill.vocabulary import head_rows, shared_vocabulary
 
 PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate")
@@ -43,9 +42,12 @@ def measure(run: Run, result: Path) -> None:
     section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
     most = min(section.prompt_tokens, run.recipe.data.max_length // 2)  # room to go on
     prompts = [_prompt(rows[i], most) for i in _spread(rows, section.prompts)]
-    # Said, because the launcher's own setting may be "auto", which only a Trainer understands.
-    once = GradientAccumulationPlugin(num_steps=1)
-    accelerator, teacher = Accelerator(gradient_accumulation_plugin=once), teacher_of(run)
+    accelerator = plain_accelerator()
+    name, kwargs = teacher_source(run)
+    teacher = as_teacher(
+        name, teacher_tokenizer_of(run), placement=run.recipe.teacher.placement, **kwargs
+    )
+    assert isinstance(teacher, LiveTeacher)  # there is a name
     figures: dict[str, dict[str, float]] = {}
     shown: list[dict[str, str]] = [{} for _ in prompts]
     for role, model in _models(run, teacher):
@@ -59,7 +61,7 @@ def measure(run: Run, result: Path) -> None:
             batch_size=section.batch_size,
             data_collator=collator(tokenizer),
             shared_vocabulary=shared_vocabulary(
-                head_rows(base), head_rows(teacher), tokenizer, teacher_tokenizer_of(run)
+                head_rows(base), teacher.rows, tokenizer, teacher.tokenizer
             ),
             accelerator=accelerator,
             speed=section.speed,
@@ -67,7 +69,8 @@ def measure(run: Run, result: Path) -> None:
         if role in ("baseline", "student"):
             training = read_json(run.folder / role / "training_results.json")
             figures[role]["train_seconds"] = training["train_seconds"]
-        if role != "initial" and run.state.is_main_process:
+        shards = role == "teacher" and teacher.together  # that only speak together
+        if role != "initial" and (run.state.is_main_process or shards):
             texts = continuations(
                 {role: model}, prompts, tokenizer, max_new_tokens=section.max_new_tokens
             )
@@ -88,10 +91,13 @@ def write_report_and_card(run: Run, result: Path) -> None:
     run.say(f"  {run.folder / 'report.html'}")
 
 
-def _models(run: Run, teacher: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+def _models(run: Run, teacher: LiveTeacher) -> Iterator[tuple[str, Any]]:
     """Each model of the run, one at a time beside the teacher, so that memory holds two."""
-    yield "teacher", teacher
-    yield "initial", student_initial(run)
+    yield "teacher", teacher.model
+    with made_whole():
+        initial = student_initial(run)
+    yield "initial", initial
+    del initial
     for role in ("baseline", "student") if run.recipe.baseline else ("student",):
         gc.collect()
         yield role, trained(run, role)

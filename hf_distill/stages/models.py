@@ -10,8 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_distill.data import check_max_length
+from hf_distill.engines import made_whole
 from hf_distill.pretrained import load_model, load_tokenizer
 from hf_distill.pretraining import max_positions, model_from_config
+from hf_distill.recipe import Recipe
 from hf_distill.recorder import load_recording
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import revision_of
@@ -43,32 +45,36 @@ def rows_to_train(run: Run, split: str) -> Dataset:
     return load_recording(run.folder / "recording" / split)
 
 
-def live_teacher_of(run: Run) -> PreTrainedModel | None:
-    """The teacher, where trainings ask it themselves."""
-    return teacher_of(run) if run.recipe.record is None else None
-
-
-def teacher_of(run: Run) -> PreTrainedModel:
-    """The teacher of the recipe, or the one that this run has trained."""
+def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
+    """The teacher of the recipe, or the one that this run has trained: its path, how to load it."""
     section = run.recipe.teacher
     if section.model is None:
-        return load_model(run.folder / "teacher", "teacher")
-    model = load_model(section.model, "teacher", **section.model_kwargs)
-    check_max_length(run.recipe.data.max_length, max_positions(model.config), "the teacher")
-    return model
+        return str(run.folder / "teacher"), {}
+    return section.model, section.model_kwargs
+
+
+def teaches_itself(recipe: Recipe) -> bool:
+    """Is the teacher what the student's adapter stands on, so that one set of weights does?"""
+    teacher, student = recipe.teacher, recipe.student
+    same = teacher.model is not None and teacher.model == student.model
+    versions = {revision_of(section) for section in (teacher, student)}
+    quantised = [s.model_kwargs.get("quantization_config") for s in (teacher, student)]
+    return same and student.lora is not None and len(versions) == 1 and quantised[0] == quantised[1]
 
 
 def new_model(run: Run, config: dict[str, Any]) -> PreTrainedModel:
-    """Random weights, the same for the same seed."""
+    """Random weights, the same for the same seed, whatever the engine."""
     recipe = run.recipe
-    return model_from_config(
-        config, tokenizer_of(run), seed=recipe.seed, max_length=recipe.data.max_length
-    )
+    with made_whole():
+        return model_from_config(
+            config, tokenizer_of(run), seed=recipe.seed, max_length=recipe.data.max_length
+        )
 
 
 def make_student(run: Run, result: Path) -> None:
     """`student_initial/`: the student before training, without adapters."""
-    model = _new_student(run)
+    with made_whole():  # this is one process's work
+        model = _new_student(run)
     model.save_pretrained(result)
     tokenizer_of(run).save_pretrained(result)
 
@@ -85,7 +91,9 @@ def _new_student(run: Run) -> PreTrainedModel:
     if section.config is not None:
         return new_model(run, section.config)
     if section.layers is not None:
-        return student_from_teacher(teacher_of(run), section.layers, num_layers=section.num_layers)
+        name, kwargs = teacher_source(run)
+        teacher = load_model(name, "teacher", **kwargs)
+        return student_from_teacher(teacher, section.layers, num_layers=section.num_layers)
     assert section.model is not None
     model = load_model(section.model, "student", **({"dtype": "float32"} | section.model_kwargs))
     check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
@@ -102,16 +110,23 @@ def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
     if section.model is not None:
         # What the adapter says that it belongs to, so that it can be used without the run folder.
         model.name_or_path = section.model
-    options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout"})
+    options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     set_seed(run.recipe.seed)
     config = LoraConfig(task_type="CAUSAL_LM", **options)
     return get_peft_model(model, config, revision=revision_of(section))
 
 
+def merged(run: Run, folder: Path) -> PreTrainedModel:
+    """The student with the adapter of a folder merged into its weights."""
+    with made_whole():
+        return PeftModel.from_pretrained(student_initial(run), folder).merge_and_unload()
+
+
 def trained(run: Run, role: str) -> PreTrainedModel | PeftModel:
     """A finished `baseline` or `student`, from its folder."""
     folder = run.folder / role
-    if not (folder / "adapter_config.json").exists():
-        return load_model(folder, role)
-    return PeftModel.from_pretrained(student_initial(run), folder)
+    with made_whole():
+        if not (folder / "adapter_config.json").exists():
+            return load_model(folder, role)
+        return PeftModel.from_pretrained(student_initial(run), folder)

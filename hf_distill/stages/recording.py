@@ -8,16 +8,17 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
 
 from hf_distill.data import collator
+from hf_distill.engines import plain_accelerator
 from hf_distill.errors import InputError
 from hf_distill.recipe import Recipe, arguments
 from hf_distill.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recorder.scribe import RecordingSettings
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import training_arguments
-from hf_distill.stages.models import rows_of, teacher_of, tokenizer_of
+from hf_distill.stages.models import rows_of, teacher_source, tokenizer_of
+from hf_distill.teachers import Teacher, as_teacher
 
 SPLITS = ("train", "eval")
 
@@ -34,8 +35,8 @@ def record_teacher(run: Run, result: Path) -> None:
     """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
     section = run.recipe.record
     assert section is not None
-    tokenizer, teacher = tokenizer_of(run), teacher_of(run)
-    accelerator = _accelerator(run)
+    tokenizer, accelerator = tokenizer_of(run), _accelerator(run)
+    teacher = _teacher(run)
     settings = vars(settings_of(run.recipe))
     for split in SPLITS:
         # Beside the result, which is emptied when an interrupted stage goes on.
@@ -68,7 +69,7 @@ def estimate_recording(run: Run) -> Estimate:
     tokenizer = tokenizer_of(run)
     return estimate(
         rows_of(run, "train"),
-        teacher_of(run),
+        _teacher(run),
         tokenizer=tokenizer,
         data_collator=collator(tokenizer),
         batch_size=section.batch_size,
@@ -77,12 +78,18 @@ def estimate_recording(run: Run) -> Estimate:
     )
 
 
+def _teacher(run: Run) -> Teacher:
+    name, kwargs = teacher_source(run)
+    teacher = as_teacher(name, placement=run.recipe.teacher.placement, **kwargs)
+    assert teacher is not None  # there is a name
+    return teacher
+
+
 def _accelerator(run: Run) -> Accelerator:
     """With the mixed precision of the trainings: the teacher speaks as it would there."""
     args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    once = GradientAccumulationPlugin(num_steps=1)
-    return Accelerator(mixed_precision=precision, gradient_accumulation_plugin=once)
+    return plain_accelerator(precision)
 
 
 def _move(result: Path) -> Any:

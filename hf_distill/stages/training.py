@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_distill.checkpoints import last_complete_checkpoint
@@ -21,12 +21,14 @@ from hf_distill.recipe import PretrainSection, arguments
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import training_arguments
 from hf_distill.stages.models import (
-    live_teacher_of,
+    merged,
     new_model,
     rows_of,
     rows_to_train,
     student_to_train,
+    teacher_source,
     teacher_tokenizer_of,
+    teaches_itself,
     tokenizer_of,
 )
 from hf_distill.trainer import DistillationTrainer
@@ -37,28 +39,38 @@ def train_teacher(run: Run, result: Path) -> None:
     section = run.recipe.teacher
     assert section.config is not None
     options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
-    _train(run, result, new_model(run, section.config), None, options)
+    config = section.config
+    _train(run, result, lambda run: new_model(run, config), None, options)
 
 
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
-    options = arguments(run.recipe.train) | {"alpha": 0.0}
     # With alpha 0 the teacher is only asked in evaluations, for the curve of the divergence.
-    teacher = live_teacher_of(run)
-    _train(run, result, student_to_train(run), teacher, options, rows_from=rows_to_train)
+    _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0})
 
 
 def distil(run: Run, result: Path) -> None:
     """`student/`: the distillation itself."""
-    options, teacher = arguments(run.recipe.train), live_teacher_of(run)
-    _train(run, result, student_to_train(run), teacher, options, rows_from=rows_to_train)
+    _train_student(run, result, arguments(run.recipe.train))
+
+
+def _train_student(run: Run, result: Path, options: dict[str, Any]) -> None:
+    teacher: str | None = None
+    if run.recipe.record is None:
+        teacher, kwargs = teacher_source(run)
+        placement = run.recipe.teacher.placement
+        options = options | {"teacher_model_kwargs": kwargs, "teacher_placement": placement}
+    _train(run, result, student_to_train, teacher, options, rows_from=rows_to_train)
+    lora = run.recipe.student.lora
+    if lora is not None and lora.merge:
+        run.from_main(lambda: _merge(run, result))
 
 
 def _train(
     run: Run,
     result: Path,
-    model: Any,
-    teacher_model: PreTrainedModel | None,
+    make_model: Callable[[Run], Any],
+    teacher: str | None,
     options: dict[str, Any],
     *,
     rows_from: Callable[[Run, str], Dataset] = rows_of,
@@ -66,15 +78,17 @@ def _train(
     """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
     recipe, tokenizer = run.recipe, tokenizer_of(run)
     checkpoints = result.parent / "checkpoints"
+    # First, since under ZeRO-3 it decides that the student's weights are read in shards.
     args = training_arguments(recipe, options, checkpoints)
+    model = make_model(run)
     rows = rows_from(run, "train")
     require_rows(rows, args.train_batch_size * args.world_size, "one batch")
     clock = Clock()
     trainer = DistillationTrainer(
         model,
-        teacher_model,
+        model if teacher is not None and teaches_itself(recipe) else teacher,
         args,
-        teacher_tokenizer=teacher_tokenizer_of(run) if teacher_model is not None else None,
+        teacher_tokenizer=teacher_tokenizer_of(run) if teacher is not None else None,
         train_dataset=rows,
         eval_dataset=rows_from(run, "eval"),
         processing_class=tokenizer,
@@ -83,7 +97,8 @@ def _train(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Bar)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # ZeRO-3 keeps an empty tensor in a parameter's place, and its size beside it.
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     run.say(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step")
     resume = last_complete_checkpoint(checkpoints)
@@ -102,6 +117,14 @@ def _train(
     gc.collect()
     # The next training sets up its own engine (DeepSpeed keeps the first one's settings).
     AcceleratorState._reset_state()
+
+
+def _merge(run: Run, result: Path) -> None:
+    """The adapter's folder, with a whole model in its place."""
+    model = merged(run, result)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (result / name).unlink()
+    model.save_pretrained(result)
 
 
 class Bar(ProgressCallback):

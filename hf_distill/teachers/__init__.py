@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.pretrained import load_model
+from hf_distill.teachers.adapter import AdapterTeacher
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.live import LiveTeacher
+from hf_distill.teachers.placement import check_placement, load_placed
 from hf_distill.teachers.recorded import (
     check_recording,
     first_header,
@@ -19,6 +21,7 @@ from hf_distill.teachers.recorded import (
 )
 
 __all__ = [
+    "AdapterTeacher",
     "LiveTeacher",
     "Teacher",
     "as_teacher",
@@ -30,22 +33,24 @@ __all__ = [
 
 
 def as_teacher(
-    teacher: PreTrainedModel | Teacher | str | Path | None,
+    teacher: PreTrainedModel | PeftModel | Teacher | str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     whole_logits: bool = False,
+    placement: str = "auto",
     **model_kwargs: Any,
 ) -> Teacher | None:
     """A teacher from whatever a user has at hand; None stays None.
 
-    tokenizer: the teacher's; whole_logits: see `LiveTeacher`
+    tokenizer: the teacher's; whole_logits, placement: see `LiveTeacher`
     model_kwargs: for `from_pretrained`, where it is an id or a path
     raises: InputError for anything else
     """
+    check_placement(placement)
     if isinstance(teacher, str | Path):
-        teacher = load_model(teacher, "teacher", **model_kwargs)
-    if isinstance(teacher, PreTrainedModel):
-        return LiveTeacher(teacher, tokenizer, whole_logits=whole_logits)
+        teacher, placement = load_placed(teacher, placement, **model_kwargs)
+    if isinstance(teacher, PreTrainedModel | PeftModel):
+        return LiveTeacher(teacher, tokenizer, whole_logits=whole_logits, placement=placement)
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     raise InputError(

@@ -18,6 +18,8 @@ class Teacher(Protocol):
 
     name: an id for logs and model cards; rows: how many ids it predicts
     tokenizer: the teacher's own, where it is known, for the check that the ids mean the same
+    An attribute `together`, if it has one and it is True, says that the teacher can only be asked
+    by all processes at once (its weights lie in shards).
     """
 
     name: str

@@ -1,0 +1,86 @@
+"""The student's own base, or another adapter on it, as its teacher: one set of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.head import Signal
+from hf_distill.teachers.live import LiveTeacher
+
+
+class AdapterTeacher(LiveTeacher):
+    """A `peft` model that teaches itself: without its adapter, or with another one.
+
+    model: the student, or (for its figures alone) any `peft` model
+    adapter: the name of the adapter that teaches; None for the base model without any
+    tokenizer: the student's, which is the teacher's too
+    raises: InputError for an adapter that the model does not have, or that is being trained
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        whole_logits: bool = False,
+    ) -> None:
+        if not isinstance(model, PeftModel):
+            raise InputError(
+                f"a {type(model).__name__} has no adapter to switch off, and so cannot teach "
+                "itself: give a peft model (peft.get_peft_model), or another teacher"
+            )
+        if adapter is not None and adapter not in model.peft_config:
+            known = ", ".join(map(repr, model.peft_config))
+            raise InputError(
+                f"the student has no adapter {adapter!r} to teach it, only {known}: load it with "
+                "model.load_adapter(path, adapter_name=...)"
+            )
+        if adapter is not None and adapter in model.active_adapters:
+            raise InputError(
+                f"adapter {adapter!r} is the one that is trained, so that it would agree with "
+                "itself: name another one, or None for the base model"
+            )
+        self.adapter = adapter
+        # No adapter stands for "": whose head it is decides how it is stood in for.
+        self._ask(model, tokenizer, whole_logits=whole_logits, adapter=adapter or "")
+        self.name = f"{self.name} ({f'adapter {adapter}' if adapter else 'adapter off'})"
+
+    def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
+        """Nothing has to move: the student's engine has its weights."""
+        accelerator.print(f"teacher: {self.name}, the student's own weights")
+        self._follow(accelerator, student_reads)
+
+    def signal(self, inputs: Mapping[str, Any], targets: Tensor) -> Signal:
+        """As any teacher's; the student is afterwards as it was."""
+        with self._speaking():
+            return super().signal(inputs, targets)
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        model = self.model
+        training, active = model.training, model.active_adapters[0]
+        # peft changes these when it switches adapters, and would train what was frozen.
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            if self.adapter is None:
+                with model.disable_adapter():
+                    yield
+            else:
+                model.set_adapter(self.adapter, inference_mode=True)
+                yield
+                model.set_adapter(active)
+        finally:
+            model.train(training)
+            with torch.no_grad():
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)

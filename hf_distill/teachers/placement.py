@@ -1,0 +1,186 @@
+"""Where a teacher's weights lie: whole on every device, in shards over all of them, or on the CPU.
+
+Sharding is torch's own `fully_shard`, whatever engine trains the student: each layer is gathered
+for its own forward and given back, so that the teacher is never whole on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator, PartialState, cpu_offload, init_empty_weights
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_distill.engines import made_whole
+from hf_distill.errors import InputError
+from hf_distill.pretrained import load_model
+
+PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
+# Whole on every device up to this share of it: gathering costs time at every step.
+SMALL = 0.25
+
+
+def check_placement(placement: str) -> None:
+    """InputError for a placement that there is not."""
+    if placement not in PLACEMENTS:
+        raise InputError(
+            f"teacher_placement is {placement!r}, but must be one of {', '.join(PLACEMENTS)}"
+        )
+
+
+def chosen(placement: str, size: int, processes: int, room: int) -> str:
+    """What "auto" comes to, for `size` bytes of weights on devices with `room` bytes each."""
+    if placement == "sharded" and processes == 1:
+        return "replicated"  # one shard is the whole
+    if placement != "auto":
+        return placement
+    if processes > 1:
+        return "replicated" if size <= SMALL * room else "sharded"
+    return "replicated" if size <= 2 * SMALL * room or _on_cpu_only() else "offloaded"
+
+
+def device_memory() -> int:
+    """Bytes of this process's device; of a CPU, its share of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().total // max(1, PartialState().num_processes)
+
+
+def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTrainedModel, str]:
+    """A teacher by id or path, and where it is to lie: read by one process where it is sharded.
+
+    A collective of all processes. The others get a model without weights, which `place` fills.
+    """
+    state = PartialState()
+    with made_whole():
+        if state.num_processes == 1:
+            return load_model(name, "teacher", **kwargs), placement
+        told: list[Any] = [None]
+        model: PreTrainedModel | None = None
+        if state.is_main_process:
+            try:
+                model = load_model(name, "teacher", **kwargs)
+                if not _placed_by_itself(model):
+                    size = weight_bytes(model)
+                    placement = chosen(placement, size, state.num_processes, device_memory())
+                told = [(placement, model.config, model.dtype)]
+            except InputError as error:
+                told = [str(error)]
+        told = broadcast_object_list(told)
+        if isinstance(told[0], str):
+            raise InputError(told[0])
+        placement, config, dtype = told[0]
+        if model is None and placement != "sharded":
+            model = load_model(name, "teacher", **kwargs)
+        return model or _without_weights(config, dtype), placement
+
+
+def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> str:
+    """Bring a teacher's weights where they are to lie; returns where that is, for people.
+
+    raises: InputError for a quantised teacher, or one with a device map, that is to be moved
+    """
+    if _placed_by_itself(model):
+        if placement not in ("auto", "replicated"):
+            raise InputError(
+                f"teacher_placement is {placement!r}, but this teacher is quantised or has a "
+                "device_map, and stays where that has put it: leave teacher_placement at 'auto'"
+            )
+        return f"as loaded, {_mb(weight_bytes(model))}"
+    if _is_sharded(model):
+        return "sharded"
+    whole, processes = weight_bytes(model), accelerator.num_processes
+    placement = chosen(placement, whole, processes, device_memory())
+    if placement == "sharded":
+        _shard(model, accelerator)
+        return f"sharded over {processes} devices, {_mb(weight_bytes(model))} on each"
+    if placement == "offloaded":
+        _offload(model, accelerator.device)
+        return f"offloaded, {_mb(whole)} on the CPU"
+    model.to(accelerator.device)
+    return f"replicated, {_mb(whole)} on each of {processes} devices"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights on this process, tied ones once."""
+    return sum(
+        p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters()
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.{0 if size >= 1e8 else 1}f} MB"
+
+
+def _on_cpu_only() -> bool:
+    return not torch.accelerator.is_available()
+
+
+def _placed_by_itself(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """What transformers says is not to be split over devices."""
+    names = set(model._no_split_modules or ())
+    return (module for module in model.modules() if type(module).__name__ in names)
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # making parameters empty has made two of each
+    return model
+
+
+def _shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Cut in place, layer by layer; from the main process's weights where others have none."""
+    empty = torch.tensor(
+        [any(p.is_meta for p in model.parameters())], device=accelerator.device, dtype=torch.int32
+    )
+    fill = bool(accelerator.reduce(empty, "max").item())
+    weights: dict[str, Any] = {}
+    if fill and accelerator.is_main_process:
+        # This process's weights are dealt out too; what it is cut of is as empty as the others'.
+        weights = dict(model.state_dict())
+        _empty(model)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in [*_layers(model), model]:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    if fill:
+        told = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=told)
+        model.requires_grad_(False)
+
+
+def _empty(model: nn.Module) -> None:
+    """Parameters without memory in the place of a model's own; tied ones stay tied."""
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                module._parameters[name] = empty.setdefault(id(parameter), made)
+
+
+def _offload(model: PreTrainedModel, device: torch.device) -> None:
+    """Layers wait on the CPU and visit the device one at a time; the rest stays there."""
+    for layer in _layers(model):
+        cpu_offload(layer, execution_device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
