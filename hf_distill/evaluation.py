@@ -284,6 +284,7 @@ def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> 
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
+        synced_gpus=False,  # what runs here is whole, or run by all processes alike
         num_beams=1,
         max_new_tokens=room,
         pad_token_id=0,  # never needed in a batch of one; saves a warning

@@ -179,6 +179,7 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> None:
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
+        synced_gpus=False,  # what runs here is whole, or run by all processes alike
         num_beams=1,
         use_cache=True,
         min_new_tokens=new_tokens,
