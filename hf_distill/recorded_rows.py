@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from hf_distill.arguments import DistillationArguments
 from hf_distill.divergences import Divergence
 from hf_distill.errors import InputError
-from hf_distill.recording import COLUMN, Header, RecordingCollator
+from hf_distill.recording import ALL_NAMES, COLUMN, Header, RecordingCollator
 from hf_distill.recording.row import tokenizer_hash
-from hf_distill.teachers import check_recording, first_header
+from hf_distill.teachers import check_recording, first_header, without_recording
 
 
 class RecordedRowsMixin(Trainer):
@@ -67,6 +67,12 @@ class RecordedRowsMixin(Trainer):
         self.data_collator = RecordingCollator(
             self.data_collator, expected, mixed=self.args.mixed_recordings
         )
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer rounds what a batch holds to the model's dtype under DeepSpeed; not this."""
+        device = self.args.device
+        recorded = {name: inputs[name].to(device) for name in inputs.keys() & ALL_NAMES}
+        return {**super()._prepare_inputs(without_recording(inputs)), **recorded}
 
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops columns that the model does not take; recordings go to the collator."""

@@ -179,6 +179,8 @@ def _empty(model: nn.Module) -> None:
 
 def _offload(model: PreTrainedModel, device: torch.device) -> None:
     """Layers wait on the CPU and visit the device one at a time; the rest stays there."""
+    if device.type == "cpu":
+        device = torch.device("cpu")  # a CPU with an index is another device to accelerate's hooks
     for layer in _layers(model):
         cpu_offload(layer, execution_device=device)
     for tensor in (*model.parameters(), *model.buffers()):
