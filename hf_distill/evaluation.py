@@ -35,7 +35,7 @@ from hf_distill.metrics import (
     text_bytes,
 )
 from hf_distill.targets import IGNORE, position_ids, target_labels
-from hf_distill.teachers import LiveTeacher, Teacher, as_teacher
+from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
 
 Batch = Mapping[str, Any]
 T = TypeVar("T")
@@ -107,7 +107,8 @@ class _Pair:
         found = None if teacher is student else as_teacher(teacher)
         if found is not None:
             found.prepare(accelerator, student_reads=self._readable)
-        own = isinstance(found, LiveTeacher) and found.model is student
+        live = isinstance(found, LiveTeacher) and not isinstance(found, AdapterTeacher)
+        own = live and getattr(found, "model", None) is student
         self.together = own and getattr(found, "together", False)
         self._itself = own or teacher is student
         self.teacher = None if self._itself else found

@@ -118,8 +118,9 @@ def _gathered(parameters: list[Any]) -> Any:
 def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     head: Any = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):  # an adapter trains a copy of the head
-        copies, name = head.modules_to_save, adapter or head.active_adapters[0]
-        head = copies[name] if adapter != "" and name in copies else head.original_module
+        wanted = head.active_adapters if adapter is None else [adapter]
+        copies = [head.modules_to_save[name] for name in wanted if name in head.modules_to_save]
+        head = copies[0] if copies else head.original_module
     if isinstance(head, BaseTunerLayer) and adapter == "":
         head = head.get_base_layer()
     if type(head) is not nn.Linear:
