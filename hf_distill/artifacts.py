@@ -15,7 +15,7 @@ from transformers.utils.hub import PushInProgress
 from hf_distill.arguments import DistillationArguments
 from hf_distill.card import CardFacts, metrics_of_evaluation, write_card
 from hf_distill.checkpoints import is_complete, last_complete_checkpoint
-from hf_distill.errors import InputError
+from hf_distill.errors import InputError, warn_once
 
 PICKLED = ["*.bin", "*.pt", "*.pth", "*.pkl"]
 ONLY_TO_RESUME = ["global_step*", "latest", "trainer_state.json", "zero_to_fp32.py"]
@@ -60,7 +60,30 @@ class ArtifactsMixin(Trainer):
                 f"checkpoint {str(resume_from_checkpoint)!r} is missing or was interrupted while "
                 "being written (no readable trainer_state.json): resume from an earlier one"
             )
+        if resume_from_checkpoint:
+            self._check_engine(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_engine(self, checkpoint: Path) -> None:
+        """Say, or refuse, what cannot be taken over from another engine's checkpoint."""
+        theirs, ours = any(checkpoint.glob("global_step*")), self.is_deepspeed_enabled
+        if ours and not theirs:
+            raise InputError(
+                f"checkpoint {str(checkpoint)!r} was not written under DeepSpeed, which cannot "
+                "read it: go on as it was started, or give that folder as the model"
+            )
+        if theirs and not ours:
+            if not list(checkpoint.glob("*.safetensors")):
+                raise InputError(
+                    f"checkpoint {str(checkpoint)!r} has its weights in DeepSpeed's shards only: "
+                    "go on under DeepSpeed, or write them out with its zero_to_fp32.py "
+                    "(zero3_save_16bit_model: true in accelerate's configuration saves them whole)"
+                )
+            warn_once(
+                "%s was written under DeepSpeed: its weights are used, and the optimizer begins "
+                "afresh.",
+                checkpoint,
+            )
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -10,6 +10,7 @@ CASE: ARCHITECTURE-STUDENT-TEACHER, as gpt2-lora-sharded; the parts are in `make
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,38 @@ def run(folder: Path, engine: str, case: str) -> None:
     AcceleratorState._reset_state()
 
 
+SAVING = {"save_strategy": "steps", "save_steps": STEPS // 2}
+
+
+def interrupt(folder: Path, case: str) -> None:
+    """The weights after all steps, and after going on from the checkpoint half way."""
+    for name, resume in (("whole", None), ("resumed", f"checkpoint-{STEPS // 2}")):
+        trainer = make_trainer(folder, case, processes=2, **SAVING)
+        trainer.train(resume and str(Path(trainer.folder) / resume))
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if trainer.is_world_process_zero():
+            torch.save({k: v.cpu() for k, v in weights.items()}, folder / f"{name}.pt")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.free_memory()
+        AcceleratorState._reset_state()
+
+
+def for_long(folder: Path, case: str) -> None:
+    """More steps than anybody waits for, with a checkpoint at every second one."""
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    trainer = make_trainer(folder, case, processes=2, **options)
+    trainer.args.max_steps, trainer.args.num_train_epochs = 100_000, 100_000
+    (folder / f"pid-{trainer.args.process_index}").write_text(str(os.getpid()))
+    trainer.train()
+
+
 if __name__ == "__main__":
     where, engine, *cases = sys.argv[1:]
-    for case in cases:
-        run(Path(where), engine, case)
+    if cases[0] == "interrupt":
+        interrupt(Path(where), cases[1])
+    elif cases[0] == "for_long":
+        for_long(Path(where), cases[1])
+    else:
+        for case in cases:
+            run(Path(where), engine, case)
     leave()

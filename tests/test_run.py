@@ -233,6 +233,7 @@ def test_an_error_on_two_processes_is_told_once(recipe: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("lora", [False, True])
 def test_deepspeed_on_two_processes(recipe: Path, lora: bool) -> None:
     name = f"zero{lora:d}"
@@ -246,6 +247,28 @@ def test_deepspeed_on_two_processes(recipe: Path, lora: bool) -> None:
         assert training["engine"] == "DEEPSPEED"
     found = quality(folder)
     assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("config", ["cpu2.yaml", "zero3_cpu.yaml"])
+def test_a_sharded_teacher_in_every_stage(recipe: Path, config: str, recorded: bool) -> None:
+    """It trains, is recorded by processes with unequal numbers of shards, evaluated, and writes."""
+    name = f"sharded-{config[:4]}-{recorded:d}"
+    overrides = ["teacher.placement=sharded", "evaluate.speed=true"]
+    overrides += ["record.k=8", "record.shard_rows=7"] if recorded else ["student.lora.merge=true"]
+    done = launch(recipe, config, f"name={name}", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "teacher: teacher, sharded over 2 devices" in done.stdout
+    folder = recipe.parent / "runs" / name
+    found = metrics(folder)
+    # What is in shards has no speed of its own to compare; everything else is measured.
+    assert "decode_tokens_per_s" not in found["teacher"]
+    assert found["student"]["decode_tokens_per_s"] > 0
+    assert set(found["continuations"][0]) == {"prompt", "teacher", "baseline", "student"}
+    assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
+    assert (folder / "student" / "model.safetensors").exists()
 
 
 # ---- The shipped recipe for models on the Hub ----
