@@ -1,4 +1,4 @@
-"""The command line: `hf-distill run | record | evaluate | report | publish`."""
+"""The command line: `hf-distill run | record | plan | evaluate | report | publish`."""
 
 from __future__ import annotations
 
@@ -121,6 +121,45 @@ def record(
             )
 
 
+@app.command(short_help="Tell what a recipe takes: memory, hours, disk.")
+def plan(
+    recipe: RecipeFile,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="How many devices (GPUs, or CPU processes).")
+    ] = 1,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Of each device, as 80GB; by default this machine's.")
+    ] = "",
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Tell what a recipe takes on each device, by part, and the first way to run that fits.
+
+    A few real steps are measured here, with random weights and tokens (of models with one and two
+    layers, where the whole ones are too large for this machine), and set out for each engine.
+    Nothing is downloaded but configs, and nothing is written.
+
+    \b
+    hf-distill plan recipes/quickstart.yaml --devices 2 --memory 4GB
+    hf-distill plan recipes/gpt2.yaml --devices 8 --memory 80GB
+    """
+    with guarded(debug):
+        from rich.console import Console
+
+        from hf_distill.planning import make_plan, memory_bytes
+        from hf_distill.recipe import load_recipe
+        from hf_distill.stages.inputs import check_arguments
+        from hf_distill.teachers.placement import device_memory
+
+        given = load_recipe(recipe, set_ or ())
+        check_arguments(given)
+        room = memory_bytes(memory) if memory else device_memory()
+        found = make_plan(given, devices, room)
+        Console(width=None if sys.stdout.isatty() else 120).print(found.table())
+        for line in found.lines(str(recipe)):
+            typer.echo(line)
+
+
 @app.command(short_help="Measure the models of a finished run again.")
 def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
     """Measure the models of a finished run again, and write its report again.
@@ -208,6 +247,8 @@ def guarded(debug: bool = False) -> Iterator[None]:
 
 def quiet() -> None:
     """A run prints a line per stage and progress bars; what libraries chat about is left out."""
+    # Before peft imports it: it speaks of a kernel that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import transformers
 

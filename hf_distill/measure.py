@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import resource
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +28,8 @@ BUDGET_S = 30.0
 """After this many seconds a slow model is not timed again."""
 
 MB = 1e6
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def size(model: Any) -> dict[str, float]:
@@ -119,6 +124,43 @@ def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> floa
             _generate(model, prompt, few)
         peak = held_bytes.peak
     return (_bytes(own) + peak) / MB
+
+
+class PeakMemory:
+    """The most memory that this process has held, in bytes: what its device's allocator gave, or
+    on a CPU what was resident (Linux; elsewhere the most since the process began)."""
+
+    @staticmethod
+    def available() -> int:
+        """What is free now."""
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info()[0]
+        return psutil.virtual_memory().available
+
+    @staticmethod
+    def now() -> int:
+        """What is held now."""
+        if torch.cuda.is_available():
+            return torch.cuda.memory_allocated()
+        return psutil.Process().memory_info().rss
+
+    @staticmethod
+    def forget() -> None:
+        """Let the peak begin afresh."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR_REFS.exists():
+            CLEAR_REFS.write_text("5")
+
+    @staticmethod
+    def peak() -> int:
+        """The most that was held since it began afresh."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        if not CLEAR_REFS.exists():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
 
 
 class _HeldBytes(TorchDispatchMode):

@@ -26,7 +26,7 @@ FLOORS = (
     {"teachers", "metrics", "figures", "card", "comparison"},
     {"arguments", "artifacts", "trainer", "evaluation", "measure", "recorder", "recorded_rows"},
     {"plots", "report", "hub", "recipe"},
-    {"stages", "cli", "__init__", "__main__"},
+    {"stages", "planning", "cli", "__init__", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Within a floor a room may stand on its neighbour in this order, never in a circle.
@@ -37,7 +37,7 @@ ORDER = {
     "divergences": 1, "targets": 1, "gradients": 2, "blocks": 3, "head": 4,
     "stand_in": 1, "objective": 1, "vocabulary": 1, "pretraining": 1,
     "plots": 1, "card": 2, "data": 2, "students": 2, "trainer": 2, "evaluation": 2,
-    "hub": 3, "report": 3, "stages": 0, "cli": 1, "recipe": 1,
+    "hub": 3, "report": 3, "stages": 0, "planning": 1, "cli": 2, "recipe": 1,
 }  # fmt: skip
 
 

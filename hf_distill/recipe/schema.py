@@ -184,6 +184,8 @@ class RecordSection(Section):
     """How many tokens `top_k` names at each target."""
     draws: int = Field(default=50, ge=1, lt=2**16)
     """How many draws `sampled` makes at each target; for forward_kl only."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Record, and train on, a sample of this many training rows: few steps do not need them all."""
     batch_size: int = Field(default=8, ge=1)
     """Rows that the teacher sees at a time on each device."""
     shard_rows: int = Field(default=1000, ge=1)

@@ -103,18 +103,23 @@ def _new_student(run: Run) -> PreTrainedModel:
 def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
     """The initial student, with fresh adapters where the recipe asks for LoRA."""
     model = student_initial(run)
-    section = run.recipe.student
+    return model if run.recipe.student.lora is None else with_adapters(model, run.recipe)
+
+
+def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """A student with the fresh adapters that its recipe asks for."""
+    section = recipe.student
     lora = section.lora
-    if lora is None:
-        return model
+    assert lora is not None
     if section.model is not None:
         # What the adapter says that it belongs to, so that it can be used without the run folder.
         model.name_or_path = section.model
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    set_seed(run.recipe.seed)
+    set_seed(recipe.seed)
     config = LoraConfig(task_type="CAUSAL_LM", **options)
-    return get_peft_model(model, config, revision=revision_of(section))
+    adapted: Any = get_peft_model(model, config, revision=revision_of(section))
+    return adapted
 
 
 def merged(run: Run, folder: Path) -> PreTrainedModel:

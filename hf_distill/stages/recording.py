@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 
 from hf_distill.data import collator
 from hf_distill.engines import plain_accelerator
@@ -41,7 +42,7 @@ def record_teacher(run: Run, result: Path) -> None:
     for split in SPLITS:
         # Beside the result, which is emptied when an interrupted stage goes on.
         record(
-            rows_of(run, split),
+            _rows(run, split),
             teacher,
             result.parent / split,
             tokenizer=tokenizer,
@@ -68,7 +69,7 @@ def estimate_recording(run: Run) -> Estimate:
         raise InputError("the recipe has no 'record' section: add one, as `record: {k: 64}`")
     tokenizer = tokenizer_of(run)
     return estimate(
-        rows_of(run, "train"),
+        _rows(run, "train"),
         _teacher(run),
         tokenizer=tokenizer,
         data_collator=collator(tokenizer),
@@ -76,6 +77,15 @@ def estimate_recording(run: Run) -> Estimate:
         accelerator=_accelerator(run),
         settings=settings_of(run.recipe),
     )
+
+
+def _rows(run: Run, split: str) -> Dataset:
+    """The rows to record: of the training rows a sample, where the recipe wants no more."""
+    rows, section = rows_of(run, split), run.recipe.record
+    assert section is not None
+    if split != "train" or section.max_rows is None or section.max_rows >= len(rows):
+        return rows
+    return rows.shuffle(seed=run.recipe.seed).select(range(section.max_rows))
 
 
 def _teacher(run: Run) -> Teacher:

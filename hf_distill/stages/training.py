@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
@@ -17,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from hf_distill.checkpoints import last_complete_checkpoint
 from hf_distill.data import collator, require_rows
 from hf_distill.figures import compact
+from hf_distill.measure import MB, PeakMemory
 from hf_distill.recipe import PretrainSection, arguments
 from hf_distill.stages.engine import Run
 from hf_distill.stages.inputs import training_arguments
@@ -104,12 +106,17 @@ def _train(
     resume = last_complete_checkpoint(checkpoints)
     if resume:
         run.say(f"  resuming from {Path(resume).name}")
+    PeakMemory.forget()
     trainer.train(resume_from_checkpoint=resume)
+    peak = trainer.accelerator.reduce(
+        torch.tensor([float(PeakMemory.peak())], device=args.device), "max"
+    )
     trainer.save_model(str(result))
     if trainer.is_world_process_zero():
         (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
         engine = trainer.accelerator.distributed_type.value
         facts = {"train_seconds": round(clock.seconds, 2), "engine": engine}
+        facts["peak_memory_mb"] = round(peak.item() / MB)
         (result / "training_results.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()

@@ -1,0 +1,118 @@
+"""What each way of running a distillation takes on every device, from one device's measures.
+
+Sizes are bytes. What engines add to the shards is from their own documentation and defaults;
+docs/scaling.md sets the results beside measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+# DeepSpeed 0.19's defaults, in elements: what ZeRO gathers gradients in, and what ZeRO-3 lets lie
+# gathered for use again.
+BUCKET, LIVE = 5e8, 1e9
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one micro-batch on one device.
+
+    libraries: the process before any model; weights, gradients, optimizer: the student's
+    trained, student_dtype: how many parameters are trained, bytes of one
+    teacher, teacher_ends, teacher_layer: all of its weights; those outside its layers; one layer
+    activations: all else that is held at the peak; head: the chunk of logits that it is made in
+    seconds, tokens: of the micro-batch; accumulation: micro-batches of a step on each device
+    """
+
+    libraries: float
+    weights: float
+    gradients: float
+    optimizer: float
+    trained: float
+    student_dtype: int
+    teacher: float
+    teacher_ends: float
+    teacher_layer: float
+    activations: float
+    head: float
+    seconds: float
+    tokens: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run: an engine, and where the teacher lies."""
+
+    name: str
+    file: str | None
+    placement: str
+    zero: int = 0
+    several: bool = True
+    offload: bool = False
+    recorded: bool = False
+
+
+CONFIGURATIONS = (
+    Configuration("one device", None, "replicated", several=False),
+    Configuration("one device, teacher on the CPU", None, "offloaded", several=False),
+    Configuration("one device, recorded teacher", None, "", several=False, recorded=True),
+    Configuration("DDP", "ddp.yaml", "replicated"),
+    Configuration("ZeRO-2", "zero2.yaml", "replicated", zero=2),
+    Configuration("ZeRO-2, teacher sharded", "zero2.yaml", "sharded", zero=2),
+    Configuration("ZeRO-3, teacher sharded", "zero3.yaml", "sharded", zero=3),
+    Configuration("ZeRO-3, recorded teacher", "zero3.yaml", "", zero=3, recorded=True),
+    Configuration(
+        "ZeRO-3 offloaded, teacher sharded", "zero3_offload.yaml", "sharded", zero=3, offload=True
+    ),
+)
+PARTS = ("student", "gradients", "optimizer", "teacher", "activations", "head", "libraries")
+
+
+def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) -> dict[str, float]:
+    """Bytes on each device at the peak, by part (`PARTS`).
+
+    cpu: whether the devices are CPUs, where a buffer takes what was written to it only
+    """
+    m, n = measures, devices if how.several else 1
+    student, gradients, optimizer = m.weights, m.gradients, m.optimizer
+    bucket = min(BUCKET * m.student_dtype, gradients) if cpu else BUCKET * m.student_dtype
+    master = 4 * m.trained  # the engine's own float32 copy of what is trained
+    if how.zero:
+        optimizer = (optimizer + master) / n
+        gradients = gradients / n + bucket
+    elif n > 1:
+        gradients *= 2  # DDP reduces them in buckets of their own
+    if how.zero == 3:
+        student = student / n + min(student, LIVE * m.student_dtype)
+    if how.offload:
+        student -= m.weights / n
+        optimizer = 0.0
+    teacher = m.teacher
+    if how.placement == "sharded" and n > 1:
+        teacher = m.teacher / n + m.teacher_ends + 2 * m.teacher_layer
+    if how.placement == "offloaded":
+        teacher = m.teacher if cpu else m.teacher_ends + m.teacher_layer
+    if how.recorded:
+        teacher = 0.0
+    values = (student, gradients, optimizer, teacher, m.activations, m.head, m.libraries)
+    return dict(zip(PARTS, values, strict=True))
+
+
+def possible(devices: int) -> list[Configuration]:
+    """The ways to run on so many devices, the fastest first."""
+    return [how for how in CONFIGURATIONS if how.several == (devices > 1)]
+
+
+def extrapolated(
+    one: Measures, two: Measures, other: Measures, student: int, teacher: int
+) -> Measures:
+    """Measures of whole models from trials with few layers.
+
+    one: a layer each; two: two layers of the student; other: two of the teacher
+    student, teacher: layers of the whole models, by which time and activations grow
+    """
+    of_student, of_teacher = two.seconds - one.seconds, other.seconds - one.seconds
+    seconds = one.seconds + max(0, of_student) * (student - 1) + max(0, of_teacher) * (teacher - 1)
+    layer = max(0.0, two.activations - one.activations)
+    return replace(one, seconds=seconds, activations=one.activations + layer * (student - 1))
