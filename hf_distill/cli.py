@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from hf_distill import __version__
 from hf_distill.errors import InputError
+from hf_distill.quiet import quiet
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
@@ -243,24 +242,6 @@ def guarded(debug: bool = False) -> Iterator[None]:
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def quiet() -> None:
-    """A run prints a line per stage and progress bars; what libraries chat about is left out."""
-    # Before peft imports it: it speaks of a kernel that it can do without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it is left to guess
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and writing weights
-    datasets.logging.set_verbosity_error()
-    for name in ("torch.distributed", "huggingface_hub", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|deepspeed|peft)\b")
 
 
 def _fail(error: BaseException) -> NoReturn:

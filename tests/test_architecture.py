@@ -13,6 +13,7 @@ FLOORS = (
     {"errors", "divergences", "targets", "gradients", "blocks", "head", "features"},
     {
         "engines",
+        "quiet",
         "pretrained",
         "checkpoints",
         "objective",

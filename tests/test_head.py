@@ -347,7 +347,7 @@ def named_functions() -> Iterator[tuple[str, Any]]:
     yield "squared_hellinger", oracle.squared_hellinger
 
 
-@pytest.mark.parametrize(("name", "function"), named_functions())
+@pytest.mark.parametrize(("name", "function"), list(named_functions()))
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("unused", [False, True])
 def test_a_sparse_teacher(name: str, function: Any, temperature: float, unused: bool) -> None:

@@ -30,6 +30,7 @@ from hf_distill.errors import InputError
 from hf_distill.head import Head, default_memory
 from hf_distill.measure import PeakMemory
 from hf_distill.planning.arithmetic import Measures, extrapolated
+from hf_distill.quiet import quiet
 from hf_distill.recipe import Recipe, arguments, dump_recipe, parse_recipe
 from hf_distill.stages.inputs import training_arguments
 from hf_distill.stages.models import teaches_itself, with_adapters
@@ -89,8 +90,6 @@ def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None)
 def _in_child(
     answer: Any, text: str, student_layers: int | None, teacher_layers: int | None
 ) -> None:
-    from hf_distill.cli import quiet
-
     quiet()
     try:
         with contextlib.redirect_stdout(None):  # Trainer's logs of random tokens
@@ -127,12 +126,9 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
         trainer.train()
         peak = memory.peak()
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer: int = sum(
-        value.nbytes
-        for state in trainer.optimizer.state.values()  # type: ignore[union-attr]
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    states: Any = trainer.optimizer.state.values()  # type: ignore[union-attr]
+    kept = [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
+    optimizer = sum(value.nbytes for value in kept)
     own = isinstance(teacher, LiveTeacher)
     sizes = _Sizes(recipe, teacher_config, role="teacher")
     gradients = sum(p.nbytes for p in trained)

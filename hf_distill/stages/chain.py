@@ -31,10 +31,13 @@ def _given_teacher(recipe: Recipe) -> Any:
     return section.model and [section.model, section.model_kwargs, model_stamp(section.model)]
 
 
+def _without(section: dict[str, Any], *how_fast: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in how_fast}
+
+
 def _decide_recording(recipe: Recipe) -> Any:
     assert recipe.record is not None
-    how_fast = {"batch_size"}
-    kept = recipe.record.model_dump(exclude=how_fast)
+    kept = _without(recipe.record.model_dump(), "batch_size")
     return [recipe.seed, kept, arguments(recipe.train)["temperature"], _given_teacher(recipe)]
 
 
@@ -62,7 +65,7 @@ teacher = Stage(
     name="teacher",
     doing="training a teacher from random weights",
     result="teacher",
-    reads=lambda recipe: [recipe.seed, recipe.resolved()["teacher"]],
+    reads=lambda recipe: [recipe.seed, _without(recipe.resolved()["teacher"], "placement")],
     after=(prepare,),
     make=train_teacher,
     everywhere=True,
