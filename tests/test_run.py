@@ -317,13 +317,13 @@ def test_a_recorded_recipe_trains_without_the_teacher(
 ) -> None:
     """A full recording ends where the live teacher ends; trainings never load the teacher."""
 
-    def refuse(_: object) -> None:
-        raise AssertionError("the teacher was loaded for a training")
+    def refuse(teacher: object, *_: object, **__: object) -> None:
+        assert teacher is None, "the teacher was loaded for a training"
 
     recipe = write_recipe(tmp_path)
     live = run(recipe)
     assert live.exit_code == 0, live.output
-    monkeypatch.setattr("hf_distill.stages.models.teacher_of", refuse)
+    monkeypatch.setattr("hf_distill.trainer.as_teacher", refuse)
     estimated = invoke(
         "record", recipe, "--estimate", "--set", f"output_dir={tmp_path / 'r'}",
         "--set", "record.kind=full",
