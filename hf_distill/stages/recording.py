@@ -52,6 +52,7 @@ def record_teacher(run: Run, result: Path) -> None:
             accelerator=accelerator,
             **settings,
         )
+    run.state.wait_for_everyone()  # the others may still be opening what is moved away here
     run.from_main(lambda: _move(result))
     told = load_recording(result / "train")
     size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
