@@ -84,7 +84,7 @@ def environment() -> dict[str, str]:
     return os.environ | told
 
 
-def check(folder: Path, engine: str, cases: list[str]) -> None:
+def check_equal(folder: Path, engine: str, cases: list[str]) -> None:
     on_two(folder, engine, "engine_worker.py", *cases)
     for case in cases:
         found = json.loads((folder / f"{case}.json").read_text())
@@ -103,13 +103,13 @@ def check(folder: Path, engine: str, cases: list[str]) -> None:
 
 @pytest.mark.parametrize("engine", SLICE)
 def test_two_processes_equal_one(engine: str, tmp_path: Path) -> None:
-    check(tmp_path, engine, SLICE[engine])
+    check_equal(tmp_path, engine, SLICE[engine])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", GRID)
 def test_two_processes_equal_one_everywhere(engine: str, tmp_path: Path) -> None:
-    check(tmp_path, engine, GRID[engine])
+    check_equal(tmp_path, engine, GRID[engine])
 
 
 # ---- Interruptions ----
