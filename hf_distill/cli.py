@@ -155,7 +155,7 @@ def plan(
         room = memory_bytes(memory) if memory else device_memory()
         found = make_plan(given, devices, room)
         Console(width=None if sys.stdout.isatty() else 120).print(found.table())
-        for line in found.lines(str(recipe)):
+        for line in found.lines(str(recipe), set_ or ()):
             typer.echo(line)
 
 

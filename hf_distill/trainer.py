@@ -93,7 +93,8 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
             model = load_model(model, "student", **args.model_kwargs("student"))
         _refuse_prompts(model)
         itself: Any = model
-        if model is not None and teacher is model:
+        # Its base too: a teacher of its own would freeze what the adapter stands in.
+        if teacher is not None and any(teacher is part for part in (model, _unwrapped(itself))):
             own = trainer_arguments.get("processing_class")
             teacher = AdapterTeacher(itself, tokenizer=own, whole_logits=not args.fused_head)
         self.teacher = as_teacher(

@@ -86,6 +86,17 @@ def test_another_adapter_teaches(kind: str, tmp_path: Path) -> None:
     )
 
 
+def test_the_base_inside_an_adapted_model_is_the_same_teacher(tmp_path: Path) -> None:
+    model = adapted()
+    trainer = trained(tmp_path / "base", model, model.get_base_model())
+    assert isinstance(trainer.teacher, AdapterTeacher)
+    assert any(p.requires_grad for p in model.parameters())
+    other = adapted()
+    torch.testing.assert_close(
+        weights(trainer), weights(trained(tmp_path / "itself", other, other)), rtol=0, atol=0
+    )
+
+
 def test_asking_leaves_the_student_as_it_was() -> None:
     model = adapted().train()
     model.base_model.model.model.layers[0].mlp.up_proj.requires_grad_(False)

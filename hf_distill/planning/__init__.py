@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_from_disk
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -25,7 +26,7 @@ from hf_distill.recording import TopK, codec
 
 __all__ = ["Plan", "make_plan", "memory_bytes"]
 
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 GB = 1e9
 ON_CPU = {"ddp.yaml": "cpu2.yaml", "zero2.yaml": "zero2_cpu.yaml", "zero3.yaml": "zero3_cpu.yaml"}
 
@@ -78,8 +79,11 @@ class Plan:
             table.add_row(how.name, *cells, f"{total / GB:,.2f}", mark)
         return table
 
-    def lines(self, recipe: str) -> list[str]:
-        """What else there is to know, a sentence a line."""
+    def lines(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
+        """What else there is to know, a sentence a line.
+
+        recipe, overrides: as they were given, for the command to run
+        """
         told = [
             f"speed: {self.measures.seconds:,.2f} s a micro-batch of {self.measures.tokens:,} "
             f"tokens on this machine, {self.tokens_per_second:,.0f} tokens/s on {self.devices} "
@@ -113,6 +117,7 @@ class Plan:
             return told
         options = f" --set teacher.placement={how.placement}" if how.placement else ""
         options = " --set record.k=64" if how.recorded else options
+        options = "".join(f" --set {shlex.quote(o)}" for o in overrides) + options
         if how.file is None:
             told.append(f"{how.name}: hf-distill run {recipe}{options}")
         else:
@@ -126,7 +131,7 @@ class Plan:
 
 def memory_bytes(text: str) -> float:
     """Bytes of "80GB"; InputError for what is no size."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(|KB|MB|GB|TB)", text.strip().upper())
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(KB|MB|GB|TB)", text.strip().upper())
     if not found or float(found[1]) <= 0:
         raise InputError(f"memory is {text!r}, but must be a size as 80GB or 512MB")
     return float(found[1]) * UNITS[found[2]]
@@ -153,12 +158,8 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
 
 def _rows(recipe: Recipe) -> int | None:
     """Training rows, if they are prepared."""
-    info = Path(recipe.output_dir) / recipe.name / "data" / "train" / "dataset_info.json"
-    try:
-        splits = json.loads(info.read_text(encoding="utf-8"))["splits"]
-        return int(next(iter(splits.values()))["num_examples"])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return None
+    folder = Path(recipe.output_dir) / recipe.name / "data" / "train"
+    return len(load_from_disk(str(folder))) if folder.exists() else None
 
 
 def _steps(recipe: Recipe, rows: int | None, devices: int, measures: Measures) -> int | None:
