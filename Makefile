@@ -30,7 +30,7 @@ test: lint  ## the everyday tier, at most 10 minutes on 2 cores
 test-all: lint  ## the full grids, at most an hour
 	$(PYTEST)
 
-test-distributed: lint  ## every engine on two processes, about ten minutes
+test-distributed: lint  ## every engine on two processes
 	$(PYTEST) -m distributed
 
 $(VENV)/bench: $(VENV)/base

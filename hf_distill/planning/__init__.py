@@ -180,7 +180,7 @@ def _bytes_per_target(recipe: Recipe) -> float:
     if section and section.kind == "full":
         return 4.0 * vocabulary
     if section and section.kind == "sampled":
-        return 1.4 * section.draws  # measured: docs/recording.md
+        return 1.4 * section.draws  # of 25 draws, the most a draw of those in docs/recording.md
     ids = np.sort(np.stack([rng.choice(vocabulary, k, replace=False) for _ in range(n)]), 1)
     log_probs = np.log(rng.dirichlet(np.ones(k), n) * 0.9 + 1e-9).astype(np.float32)
     tail = np.full(n, np.log(0.1), np.float32)
