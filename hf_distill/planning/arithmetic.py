@@ -1,7 +1,7 @@
 """What each way of running a distillation takes on every device, from one device's measures.
 
-Sizes are bytes. What engines add to the shards is from their own documentation and defaults; docs/scaling.md
-says how little of it has been compared with measured peaks.
+Sizes are bytes. What engines add to the shards is from their own documentation and defaults;
+docs/scaling.md says how little of it has been compared with measured peaks.
 """
 
 from __future__ import annotations
