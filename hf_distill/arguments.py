@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_distill.divergences import named_divergence
 from hf_distill.errors import InputError
+from hf_distill.teachers.placement import check_placement
 
 
 @dataclass
@@ -119,6 +120,7 @@ class DistillationArguments(TrainingArguments):
 
     def _check_ranges(self) -> None:
         named_divergence(self.divergence)
+        check_placement(self.teacher_placement)
         ranges = {
             "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
             "temperature": (0 < self.temperature < float("inf"), "above 0"),

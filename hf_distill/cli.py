@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import torch
 import typer
 from tqdm import tqdm
 
@@ -157,6 +156,8 @@ def plan(
         Console(width=None if sys.stdout.isatty() else 120).print(found.table())
         for line in found.lines(str(recipe), set_ or ()):
             typer.echo(line)
+        if found.recommended is None:
+            raise InputError(found.advice)
 
 
 @app.command(short_help="Measure the models of a finished run again.")
@@ -239,6 +240,8 @@ def guarded(debug: bool = False) -> Iterator[None]:
         _fail(error)
     # Left open, DeepSpeed on the CPU aborts at exit; so do gloo's threads, now and then, and what
     # holds them (DDP wrappers, in reference cycles) has to go first.
+    import torch
+
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -28,7 +28,7 @@ def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
         )
         model, report = loaded
     except (OSError, ValueError) as error:
-        raise InputError(_unreachable(role, name, error)) from error
+        raise InputError(not_found(role, name, error)) from error
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{role} {str(name)!r} has no language-model head: a divergence needs one")
@@ -47,7 +47,7 @@ def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(_unreachable(f"{role}'s tokenizer", name, error)) from error
+        raise InputError(not_found(f"{role}'s tokenizer", name, error)) from error
     if not _has_tokens(tokenizer):
         raise InputError(
             f"{role} {str(name)!r} has no tokenizer files beside it, so that no text can be read: "
@@ -72,7 +72,11 @@ def _has_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer) > len(tokenizer.added_tokens_decoder)
 
 
-def _unreachable(role: str, name: str | Path, error: Exception) -> str:
+def not_found(role: str, name: str | Path, error: Exception) -> str:
+    """Why an id or a path came to nothing, in one line; a path is not spoken of as an id."""
+    looks_like_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
+    if looks_like_path and not Path(name).exists():
+        return f"{role} {str(name)!r} is a folder that does not exist: check the path"
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"{role} {str(name)!r} cannot be loaded ({first_line.rstrip('.')}): "

@@ -6,14 +6,15 @@ import logging
 import os
 import warnings
 
-import torch
+# At once, since a script imports peft, and peft this, before it can call `quiet`: it speaks of a
+# kernel that it can do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet() -> None:
     """A run prints a line per stage and progress bars; what libraries chat about is left out."""
-    # Before peft imports it: it speaks of a kernel that it can do without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
+    import torch
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

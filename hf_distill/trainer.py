@@ -104,6 +104,11 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
             placement=args.teacher_placement,
             **args.model_kwargs("teacher"),
         )
+        if isinstance(self.teacher, AdapterTeacher) and self.teacher.model is not itself:
+            raise InputError(
+                "the AdapterTeacher holds another model than the student, whose weights it is to "
+                "share: make it of the student, or give that model itself as the teacher"
+            )
         self._custom_divergence = divergence
         sets = {name: trainer_arguments.get(name) for name in ("train_dataset", "eval_dataset")}
         self._recorded = self._find_recordings(args, **sets)

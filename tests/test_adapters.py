@@ -152,6 +152,14 @@ def test_adapters_that_cannot_teach(adapter: str, message: str) -> None:
         AdapterTeacher(adapted(), adapter)
 
 
+def test_a_teacher_of_the_students_weights_is_the_student(tmp_path: Path) -> None:
+    student = adapted()
+    with pytest.raises(InputError, match="another model than the student"):
+        make_trainer(tmp_path, student, AdapterTeacher(adapted()))
+    with pytest.raises(InputError, match="teacher_placement is 'sharded', but this teacher has"):
+        make_trainer(tmp_path, student, student, teacher_placement="sharded")
+
+
 def test_learned_prompts_are_refused(tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(small_model(0, "llama"), config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import hf_distill
@@ -75,3 +77,9 @@ def test_imports_point_to_lower_floors() -> None:
 def test_public_names_exist() -> None:
     for name in hf_distill.__all__:
         assert getattr(hf_distill, name).__doc__
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    said = "import sys, hf_distill.cli; print([n for n in ('torch', 'peft') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -74,6 +74,8 @@ def test_offloaded_equals_replicated(
     ]
 
 
-def test_an_unknown_placement(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="teacher_placement is 'shard', but must be one of auto"):
-        trained(tmp_path, "shard")
+def test_one_process_has_nobody_to_share_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path, "sharded")
+    assert "of one process: there is nobody to share with" in capsys.readouterr().out

@@ -82,7 +82,20 @@ def test_a_plan_recommends_the_first_that_fits() -> None:
     repeated = plan(8, 80e9).lines("r.yaml", ["data.train=my *.txt"])[-1]
     assert "r.yaml --set 'data.train=my *.txt' --set teacher.placement=replicated" in repeated
     assert "0.29 GB for 5,000 rows" in told  # 5000 * 512 * 115
-    assert "none of these fits into 5.0 GB" in "\n".join(plan(8, 5e9).lines("r.yaml"))
+    assert plan(8, 5e9).advice.startswith("none of these fits into 5.0 GB; the least takes")
+    assert "use larger devices" in plan(8, 0.5e9).advice
+
+
+def test_a_recipe_that_records_is_planned_without_its_teacher(tmp_path: Path) -> None:
+    recorded = possible(8, recorded=True)
+    assert [how.name.split(",")[0] for how in recorded][:2] == ["DDP", "ZeRO-2"]
+    for how in (*recorded, *possible(1, recorded=True)):
+        assert parts(MEASURES, how, 8, cpu=False)["teacher"] == 0
+    recipe = load_recipe(write_recipe(tmp_path), ["record.k=8"])
+    found = make_plan(recipe, 1, 8e9)
+    assert found.measures.teacher == 0
+    assert found.recommended is not None
+    assert found.lines("r.yaml")[-1].endswith("recorded teacher: hf-distill run r.yaml")
 
 
 def test_layers_are_linear() -> None:
@@ -132,6 +145,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert "DDP: accelerate launch --config_file recipes/accelerate/cpu2.yaml" in done.output
     assert "12 steps in" in done.output
     assert not (tmp_path / "runs").exists()
+    done = invoke("plan", recipe, "--memory", "1MB")
+    assert done.exit_code == 2
+    assert "none of these fits into 1 MB" in done.stderr
     done = invoke("plan", recipe, "--memory", "80 apples")
     assert done.exit_code == 2
     assert done.stderr.startswith("error: memory is '80 apples'")

@@ -419,6 +419,8 @@ def test_an_interrupted_recording_goes_on_and_ends_with_the_same_bytes(tmp_path:
         recorded(tmp_path, data, teacher, "cut", kind="sampled", batch_size=4)
     with pytest.raises(InputError, match="no whole recording"):
         load_recording(tmp_path / "cut")
+    with pytest.raises(InputError, match="missing' is a folder that does not exist"):
+        load_recording(tmp_path / "missing")
     assert list((tmp_path / "cut").glob("shard-*.arrow"))
     del teacher.forward
     recorded(tmp_path, data, teacher, "cut", kind="sampled", batch_size=4)

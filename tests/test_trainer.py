@@ -288,6 +288,8 @@ def test_padded_student_never_generates_ids_without_token(
         ({"teacher": None}, "alpha is 0.5, but the training set has nobody to learn from"),
         ({"teacher": 3}, "teacher is a int"),
         ({"teacher": "no/such-teacher"}, "teacher 'no/such-teacher' cannot be loaded"),
+        ({"teacher": "./no/such"}, "teacher './no/such' is a folder that does not exist"),
+        ({"teacher_placement": "shard"}, "teacher_placement is 'shard', but must be one of auto"),
         ({"alpha": 1.5}, "alpha is 1.5, but must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be above 0"),
         ({"beta": 1.0}, "beta is 1.0"),

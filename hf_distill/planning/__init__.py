@@ -37,6 +37,7 @@ class Plan:
 
     memory: bytes of a device; ways: bytes by part, by configuration
     steps, rows: of the training, and of the data where they are prepared; None where not known
+    records: whether the recipe itself records its teacher
     """
 
     measures: Measures
@@ -48,6 +49,7 @@ class Plan:
     baseline: bool
     length: int
     bytes_per_target: float
+    records: bool = False
 
     @property
     def recommended(self) -> Configuration | None:
@@ -68,16 +70,34 @@ class Plan:
 
     def table(self) -> Table:
         """Memory by part, a row a configuration."""
+        unit = "GB" if max(sum(of.values()) for of in self.ways.values()) >= 10 * GB else "MB"
         table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("GB on each device")
+        table.add_column(f"{unit} on each device")
         for part in (*PARTS, "peak", ""):
             table.add_column(part, justify="right", no_wrap=True)
         for how, of in self.ways.items():
             total = sum(of.values())
             mark = "<- fits" if how == self.recommended else "" if total <= self.memory else "over"
-            cells = [f"{of[part] / GB:,.2f}" for part in PARTS]
-            table.add_row(how.name, *cells, f"{total / GB:,.2f}", mark)
+            cells = [f"{size / UNITS[unit]:,.1f}" for size in (*(of[p] for p in PARTS), total)]
+            table.add_row(how.name, *cells, mark)
         return table
+
+    @property
+    def advice(self) -> str:
+        """What to do where nothing fits."""
+        least = min(self.ways.values(), key=lambda of: sum(of.values()))
+        told = (
+            f"none of these fits into {_size(self.memory)}; the least takes "
+            f"{_size(sum(least.values()))}"
+        )
+        if least["libraries"] >= self.memory:
+            return (
+                f"{told}, and the libraries alone {_size(least['libraries'])}: use larger devices"
+            )
+        return (
+            f"{told}: use more devices, a smaller train.per_device_train_batch_size, or "
+            "train.gradient_checkpointing=true"
+        )
 
     def lines(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
         """What else there is to know, a sentence a line.
@@ -108,15 +128,9 @@ class Plan:
             )
         how = self.recommended
         if how is None:
-            least = min(sum(of.values()) for of in self.ways.values())
-            told.append(
-                f"none of these fits into {self.memory / GB:,.1f} GB; the least takes "
-                f"{least / GB:,.1f} GB: use more devices, a smaller "
-                "train.per_device_train_batch_size, or train.gradient_checkpointing=true"
-            )
             return told
         options = f" --set teacher.placement={how.placement}" if how.placement else ""
-        options = " --set record.k=64" if how.recorded else options
+        options = " --set record.k=64" if how.recorded and not self.records else options
         options = "".join(f" --set {shlex.quote(o)}" for o in overrides) + options
         if how.file is None:
             told.append(f"{how.name}: hf-distill run {recipe}{options}")
@@ -127,6 +141,10 @@ class Plan:
                 f"--num_processes {self.devices} recipes/distill.py {recipe}{options}"
             )
         return told
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def memory_bytes(text: str) -> float:
@@ -141,7 +159,8 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
     """Measure a few steps of the recipe here, and say what they come to on other machines."""
     measures = measures_of(recipe)
     cpu = not torch.cuda.is_available()
-    ways = {how: parts(measures, how, devices, cpu=cpu) for how in possible(devices)}
+    possible_ways = possible(devices, recorded=recipe.record is not None)
+    ways = {how: parts(measures, how, devices, cpu=cpu) for how in possible_ways}
     rows = _rows(recipe)
     return Plan(
         measures=measures,
@@ -153,6 +172,7 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
         baseline=recipe.baseline,
         length=recipe.data.max_length,
         bytes_per_target=_bytes_per_target(recipe),
+        records=recipe.record is not None,
     )
 
 

@@ -66,6 +66,17 @@ CONFIGURATIONS = (
         "ZeRO-3 offloaded, teacher sharded", "zero3_offload.yaml", "sharded", zero=3, offload=True
     ),
 )
+# For a recipe that records its teacher anyway, so that no training holds it.
+RECORDED = tuple(
+    Configuration(f"{name}, recorded teacher", file, "", zero, file is not None, offload, True)
+    for name, file, zero, offload in (
+        ("one device", None, 0, False),
+        ("DDP", "ddp.yaml", 0, False),
+        ("ZeRO-2", "zero2.yaml", 2, False),
+        ("ZeRO-3", "zero3.yaml", 3, False),
+        ("ZeRO-3 offloaded", "zero3_offload.yaml", 3, True),
+    )
+)
 PARTS = ("student", "gradients", "optimizer", "teacher", "activations", "head", "libraries")
 
 
@@ -99,9 +110,10 @@ def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) ->
     return dict(zip(PARTS, values, strict=True))
 
 
-def possible(devices: int) -> list[Configuration]:
-    """The ways to run on so many devices, the fastest first."""
-    return [how for how in CONFIGURATIONS if how.several == (devices > 1)]
+def possible(devices: int, *, recorded: bool = False) -> list[Configuration]:
+    """The ways to run on so many devices, the fastest first; recorded: only those."""
+    ways = RECORDED if recorded else CONFIGURATIONS
+    return [how for how in ways if how.several == (devices > 1)]
 
 
 def extrapolated(

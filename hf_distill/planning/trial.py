@@ -110,7 +110,10 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     vocabulary, length = student_config.get_text_config().vocab_size, recipe.data.max_length
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(recipe, arguments(recipe.train) | _QUIET, folder)
+        settings = arguments(recipe.train) | _QUIET
+        if recipe.record is not None:
+            settings["alpha"] = 0.0  # takes what a recorded teacher takes, within some percent
+        args = training_arguments(recipe, settings, folder)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
         ids = torch.randint(0, vocabulary, (rows, length)).tolist()
         teacher = _teacher(recipe, _cut(teacher_config, teacher_layers), student)
@@ -251,6 +254,8 @@ def _model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _teacher(recipe: Recipe, config: PreTrainedConfig, student: Any) -> Any:
+    if recipe.record is not None:
+        return None
     if teaches_itself(recipe):
         return student
     return LiveTeacher(_model(config, _dtype(recipe, "teacher")))

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.engines import plain_accelerator
 from hf_distill.errors import InputError
+from hf_distill.pretrained import not_found
 from hf_distill.recorder.scribe import RecordingSettings, Scribe
 from hf_distill.recorder.shards import (
     MANIFEST,
@@ -165,11 +166,14 @@ def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) 
     """A recording from the folder that `record` has filled, or from the Hub.
 
     split, kwargs: for `datasets.load_dataset`, where it comes from the Hub
-    raises: InputError for a folder whose recording is not whole
+    raises: InputError for a recording that cannot be found, or a folder whose is not whole
     """
     folder = Path(id_or_path)
     if not folder.exists():
-        dataset = load_dataset(str(id_or_path), split=split, **kwargs)
+        try:
+            dataset = load_dataset(str(id_or_path), split=split, **kwargs)
+        except (OSError, ValueError) as error:
+            raise InputError(not_found("recording", id_or_path, error)) from error
         if COLUMN not in dataset.column_names:
             raise InputError(f"{str(id_or_path)!r} has no column {COLUMN!r}: it is no recording")
         return dataset

@@ -51,6 +51,11 @@ def as_teacher(
         teacher, placement = load_placed(teacher, placement, **model_kwargs)
     if isinstance(teacher, PreTrainedModel | PeftModel):
         return LiveTeacher(teacher, tokenizer, whole_logits=whole_logits, placement=placement)
+    if isinstance(teacher, AdapterTeacher) and placement in ("sharded", "offloaded"):
+        raise InputError(
+            f"teacher_placement is {placement!r}, but this teacher has the student's own weights, "
+            "which lie where the student's engine has them: leave teacher_placement at 'auto'"
+        )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     raise InputError(

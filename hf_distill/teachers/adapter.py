@@ -20,7 +20,7 @@ from hf_distill.teachers.live import LiveTeacher
 class AdapterTeacher(LiveTeacher):
     """A `peft` model that teaches itself: without its adapter, or with another one.
 
-    model: the student, or (for its figures alone) any `peft` model
+    model: the student; in `evaluate_student`, any `peft` model
     adapter: the name of the adapter that teaches; None for the base model without any
     tokenizer: the student's, which is the teacher's too
     raises: InputError for an adapter that the model does not have, or that is being trained

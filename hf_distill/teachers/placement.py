@@ -100,6 +100,7 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
     if _is_sharded(model):
         return "sharded"
     whole, processes = weight_bytes(model), accelerator.num_processes
+    alone = " (of one process: there is nobody to share with)" if placement == "sharded" else ""
     placement = chosen(placement, whole, processes, device_memory())
     if placement == "sharded":
         _shard(model, accelerator)
@@ -108,7 +109,7 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
         _offload(model, accelerator.device)
         return f"offloaded, {_mb(whole)} on the CPU"
     model.to(accelerator.device)
-    return f"replicated, {_mb(whole)} on each of {processes} devices"
+    return f"replicated, {_mb(whole)} on each of {processes} devices{alone}"
 
 
 def weight_bytes(model: nn.Module) -> int:
