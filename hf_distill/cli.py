@@ -54,7 +54,7 @@ def _options(
 
 @app.command(short_help="Run a recipe, from raw text to the report.")
 def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
-    """Run a recipe: prepare, teacher, student, baseline, train, evaluate, report.
+    """Run a recipe: prepare, teacher, record, student, baseline, train, evaluate, report.
 
     Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
     whole checkpoint. All results are in the run folder, output_dir/name.
@@ -63,7 +63,7 @@ def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> Non
     hf-distill run recipes/quickstart.yaml
     hf-distill run recipes/quickstart.yaml --set name=lora --set student.lora.r=8
     hf-distill run recipes/gpt2.yaml --set train.max_steps=100 --set "data.train=my/*.txt"
-    accelerate launch --num_processes 2 recipes/distill.py recipes/quickstart.yaml
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml recipes/distill.py RECIPE
     """
     with guarded(debug):
         from hf_distill.recipe import load_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainer_setup import arguments, collate, make_rows, small_model, weights
 
-from hf_distill import DistillationTrainer, InputError
+from hf_distill import DistillationTrainer
 from hf_distill.teachers import LiveTeacher
 from hf_distill.teachers.placement import chosen, weight_bytes
 

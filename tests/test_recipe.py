@@ -259,7 +259,8 @@ def shown_in_train() -> set[str]:
 
 def shown(field: Any) -> str:
     if field.is_required():
-        return "required"
+        # What a file's own name stands in for is required of Python alone.
+        return "" if "by default" in field.description else "required"
     default = field.get_default(call_default_factory=True)
     if default is None or not isinstance(default, str | int | float | bool):
         return ""
