@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,15 @@ def test_speed_of_real_models(tiny_llama: Callable[..., Any], adapted: bool) -> 
     assert torch.equal(before, torch.random.get_rng_state())
     assert found.keys() == {"prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_mb"}
     assert 10 < found["decode_tokens_per_s"] < found["prefill_tokens_per_s"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give memory back by themselves")
+def test_free_memory_goes_back_to_the_system() -> None:
+    memory = measure.PeakMemory()
+    many = [bytearray(10_000) for _ in range(20_000)]
+    last = many.pop()  # the heap's top, under which nothing is given back by itself
+    many.clear()
+    held = memory.now()
+    measure.give_back_memory()
+    assert held - memory.now() > 150e6
+    del last

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from hf_distill import __version__
 from hf_distill.errors import InputError
+from hf_distill.measure import give_back_memory
 from hf_distill.recipe import Recipe
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class Stage:
             run.state.wait_for_everyone()
         else:
             run.from_main(lambda: self.make(run, work / "result"))
+        give_back_memory()
         run.from_main(lambda: _finish(run, self, fingerprint, time.perf_counter() - start))
         run.say(f"{self.name}: done in {time.perf_counter() - start:.0f} s")
 
