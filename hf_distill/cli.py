@@ -100,9 +100,11 @@ def record(
     with guarded(debug):
         from hf_distill import stages
         from hf_distill.recipe import load_recipe
-        from hf_distill.stages.recording import estimate_recording
+        from hf_distill.stages.recording import check_records, estimate_recording
 
-        with stages.open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+        given = load_recipe(recipe, set_ or ())
+        check_records(given)
+        with stages.open_run(given, recipe) as this_run:
             stages.prepare(this_run)
             stages.teacher(this_run)
             if not estimate:
@@ -141,7 +143,11 @@ def plan(
     hf-distill plan recipes/quickstart.yaml --devices 2 --memory 4GB
     hf-distill plan recipes/gpt2.yaml --devices 8 --memory 80GB
     """
+    # One device is measured; with several in sight, Trainer would put a model on each.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
     with guarded(debug):
+        import torch
         from rich.console import Console
 
         from hf_distill.planning import make_plan, memory_bytes
@@ -151,7 +157,9 @@ def plan(
 
         given = load_recipe(recipe, set_ or ())
         check_arguments(given)
-        room = memory_bytes(memory) if memory else device_memory()
+        # A CPU's memory is shared by its processes.
+        alike = 1 if torch.cuda.is_available() else devices
+        room = memory_bytes(memory) if memory else device_memory() / alike
         found = make_plan(given, devices, room)
         Console(width=None if sys.stdout.isatty() else 120).print(found.table())
         for line in found.lines(str(recipe), set_ or ()):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from transformers.integrations import deepspeed as zero
 
@@ -24,6 +25,21 @@ def plain_accelerator(mixed_precision: str | None = None) -> Accelerator:
         not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available()
     )
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_plugin=once)
+
+
+@contextmanager
+def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
+    """The user's, or one for this work alone, that a Trainer after it knows nothing of."""
+    if given is not None:
+        yield given
+        return
+    fresh = not AcceleratorState._shared_state
+    try:
+        yield plain_accelerator()
+    finally:
+        if fresh:
+            # A Trainer that wants mixed precision would be refused by a state without.
+            AcceleratorState._reset_state()
 
 
 @contextmanager

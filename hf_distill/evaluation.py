@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill import measure, vocabulary
 from hf_distill.blocks import Sampled, Sparse
 from hf_distill.data import collator
-from hf_distill.engines import plain_accelerator
+from hf_distill.engines import one_accelerator
 from hf_distill.errors import InputError
 from hf_distill.metrics import (
     BitsPerByte,
@@ -73,9 +73,9 @@ def evaluate_student(
         docs/evaluation.md defines each.
     raises: InputError for rows without targets, ids that a model lacks, a loss that is not finite
     """
-    accelerator = accelerator or plain_accelerator()
-    batches = _batches(dataset, data_collator or collator(tokenizer), batch_size, accelerator)
-    with _as_they_were(student, teacher):
+    collate = data_collator or collator(tokenizer)
+    with one_accelerator(accelerator) as accelerator, _as_they_were(student, teacher):
+        batches = _batches(dataset, collate, batch_size, accelerator)
         pair = _Pair(student, teacher, accelerator)
         if shared_vocabulary is None:
             shared_vocabulary = pair.shared_vocabulary(tokenizer)

@@ -217,7 +217,8 @@ class _HeldBytes(TorchDispatchMode):
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of some tensors, those that share their memory counted once."""
-    distinct = {(t.device, t.data_ptr(), t.numel()): t for t in tensors}
+    # What is offloaded has no address to tell one from another.
+    distinct = {(t.device, t.data_ptr() or id(t), t.numel()): t for t in list(tensors)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 

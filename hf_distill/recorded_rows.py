@@ -50,7 +50,9 @@ class RecordedRowsMixin(Trainer):
                     "give rows that hf_distill.record has made, or set alpha to 0 for plain "
                     "fine-tuning"
                 )
-        return next((header for header in found.values() if header is not None), None)
+        headers = {name: header for name, header in found.items() if header is not None}
+        _refuse_unlike(headers, mixed=args.mixed_recordings)
+        return next(iter(headers.values()), None)
 
     def _read_recordings(self, header: Header, student_rows: int) -> None:
         """Let batches bring what their rows' recordings hold."""
@@ -80,3 +82,18 @@ class RecordedRowsMixin(Trainer):
         columns: Any = self._signature_columns
         if self._recorded is not None and COLUMN not in columns:
             columns.append(COLUMN)
+
+
+def _refuse_unlike(headers: Mapping[str, Header], *, mixed: bool) -> None:
+    """One collator reads all sets, so that they must have been recorded in one way."""
+    alike = ("kind", "k", "temperature", "vocabulary", *(() if mixed else ("teacher",)))
+    (first, expected), *others = headers.items() or [("", None)]
+    for name, header in others:
+        for field in alike:
+            found, wanted = getattr(header, field), getattr(expected, field)
+            if found != wanted:
+                shown = [f"{x:016x}" if field == "teacher" else str(x) for x in (found, wanted)]
+                raise InputError(
+                    f"{name} was recorded with {field} {shown[0]}, but {first} with {shown[1]}: "
+                    "record both alike"
+                )

@@ -69,7 +69,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "models": models,
         "tiles": list(_tiles(models)),
         "rows": list(_rows(models, metrics.get("comparison") or {})),
-        "curves": _curves(run_dir),
+        "curves": _curves(run_dir, models),
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
         "preparation": _preparation(run_dir / "data" / "preparation.json"),
@@ -234,11 +234,12 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 # ---- Plots ----
 
 
-def _curves(run_dir: Path) -> list[str]:
+def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
     histories = {
         role: history
         for role in TRAINED
-        if (history := _read_json(run_dir / role / "log_history.json", list))
+        if role in models  # what another recipe has left in the folder is not of this one
+        and (history := _read_json(run_dir / role / "log_history.json", list))
     }
     labels = {
         "ce": "Cross-entropy (nats per target)",

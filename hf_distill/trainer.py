@@ -124,6 +124,15 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
         self._suppress_ids_without_token()
         self._reset_running_parts()
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As Trainer's; a model that is made anew has another head to stand in for."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "objective"):  # not the first, which the rest of the set-up is made for
+            self.model = model
+            self._stand_in = self._find_head()
+            self._suppress_ids_without_token()
+        return model
+
     # ---- Hooks for subclasses ----
 
     def choose_divergence(self) -> Divergence:
@@ -210,6 +219,11 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
             signal = recorded
             if signal is None and self.teacher is not None:
                 signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
+        if signal is None and self.args.alpha > 0:
+            raise InputError(
+                f"alpha is {self.args.alpha}, but no row of a batch has a recording, and there is "
+                "no teacher to ask: record all rows, pass teacher=, or set alpha to 0"
+            )
 
         def at_the_head(hidden: Tensor, head: Head) -> tuple[Judgement, Tensor]:
             memory_mb = self.args.head_memory_mb

@@ -91,7 +91,8 @@ def test_a_recipe_that_records_is_planned_without_its_teacher(tmp_path: Path) ->
     assert [how.name.split(",")[0] for how in recorded][:2] == ["DDP", "ZeRO-2"]
     for how in (*recorded, *possible(1, recorded=True)):
         assert parts(MEASURES, how, 8, cpu=False)["teacher"] == 0
-    recipe = load_recipe(write_recipe(tmp_path), ["record.k=8"])
+    assert all(not how.offload for how in possible(8, recorded=True, cpu=True))
+    recipe = load_recipe(write_recipe(tmp_path), ["record.k=8", "record.max_rows=3"])
     found = make_plan(recipe, 1, 8e9)
     assert found.measures.teacher == 0
     assert found.recommended is not None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from distributed import launch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from hf_distill.recorder import RecordingSettings, estimate
 from hf_distill.recording import COLUMN, codec
 from hf_distill.recording.capture import sampled, top_k_
 from hf_distill.recording.row import read
+from hf_distill.teachers import LiveTeacher
 
 COLLATE = Collator(1, 0)
 
@@ -365,6 +367,37 @@ def test_another_temperature_is_refused_with_the_remedy(tmp_path: Path) -> None:
         make_trainer(tmp_path, data)
 
 
+def test_any_temperature_can_be_trained_with(tmp_path: Path) -> None:
+    """0.7 in float32, as rows hold it, is another number than Python's."""
+    data = recorded(tmp_path, rows(6), kind="top_k", k=4, temperature=0.7)
+    make_trainer(tmp_path, data, temperature=0.7, max_steps=1).train()
+
+
+def test_rows_without_a_recording_are_refused_where_nobody_can_be_asked(tmp_path: Path) -> None:
+    """A whole batch of them too, which would be trained by its labels alone, and less of it."""
+    whole = recorded(tmp_path, rows(4))
+    data = concatenate_datasets([whole, rows(4, 1).add_column(COLUMN, [None] * 4)])
+    trainer = make_trainer(tmp_path, data, per_device_train_batch_size=1, max_steps=8)
+    with pytest.raises(InputError, match="no row of a batch has a recording"):
+        trainer.train()
+
+
+def test_sets_that_were_recorded_in_two_ways_are_refused(tmp_path: Path) -> None:
+    train = recorded(tmp_path, rows(6), kind="top_k", k=4)
+    held_out = recorded(tmp_path, rows(6, 1), kind="top_k", k=5, name="e")
+    with pytest.raises(InputError, match="the evaluation set was recorded with k 5, but .* with 4"):
+        make_trainer(tmp_path, train, eval_dataset=held_out)
+
+
+def test_an_offloaded_teacher_is_the_same_teacher(tmp_path: Path) -> None:
+    whole = recorded(tmp_path, rows(6), kind="top_k", k=4)
+    away = recorded(
+        tmp_path, rows(6), LiveTeacher(small_model(1), placement="offloaded"), "o",
+        kind="top_k", k=4,
+    )  # fmt: skip
+    assert away[:][COLUMN] == whole[:][COLUMN]
+
+
 def test_samples_serve_forward_kl_only(tmp_path: Path) -> None:
     data = recorded(tmp_path, rows(6), kind="sampled")
     make_trainer(tmp_path, data).train()
@@ -494,3 +527,14 @@ def test_the_estimate_knows_the_size(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(options: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         recorded(tmp_path, rows(3), **options)
+
+
+def test_what_failed_leaves_no_engine_behind(tmp_path: Path) -> None:
+    """A training with mixed precision after it would be refused by accelerate."""
+    AcceleratorState._reset_state()
+    with pytest.raises(InputError, match="k is 0"):
+        recorded(tmp_path, rows(3), kind="top_k", k=0)
+    with pytest.raises(InputError, match="the data set is empty"):
+        estimate(rows(3).select([]), small_model(1), data_collator=COLLATE)
+    assert estimate(rows(3), small_model(1), data_collator=COLLATE).rows == 3
+    assert not AcceleratorState._shared_state

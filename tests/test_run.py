@@ -330,6 +330,9 @@ def test_a_recorded_recipe_trains_without_the_teacher(
     )  # fmt: skip
     assert estimated.exit_code == 0, estimated.output
     assert "bytes a target" in estimated.output
+    nothing = invoke("record", recipe, "--set", f"output_dir={tmp_path / 'n'}")
+    assert nothing.exit_code == 2
+    assert "there is nothing to record" in nothing.stderr
     told = run(recipe, f"output_dir={tmp_path / 'r'}", "record.kind=full", "record.shard_rows=5")
     assert told.exit_code == 0, told.output
     ours, theirs = quality(tmp_path / "r" / "tiny"), quality(tmp_path / "runs" / "tiny")

@@ -31,7 +31,7 @@ def make_trainer(folder: Path, **changes: Any) -> DistillationTrainer:
     named = {field.name for field in fields(DistillationArguments)}
     options = {name: changes.pop(name) for name in list(changes) if name in named}
     defaults: dict[str, Any] = {
-        "model": small_model(0),
+        "model": small_model(0) if "model_init" not in changes else None,
         "teacher": small_model(1, layers=2),
         "train_dataset": TRAIN,
         "eval_dataset": EVAL,
@@ -354,3 +354,13 @@ def test_model_classes_are_untouched(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.model is model
     assert type(model).forward is forward
+
+
+def test_a_model_that_is_made_anew_keeps_the_fused_head(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`train` makes a second model of `model_init`; its head is the one to stand in for."""
+    trainer = make_trainer(tmp_path, model_init=lambda: small_model(0), max_steps=2)
+    trainer.train()
+    assert trainer._stand_in is not None
+    assert not [r for r in caplog.records if "all of its logits" in r.message]

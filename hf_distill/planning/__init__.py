@@ -23,6 +23,7 @@ from hf_distill.planning.arithmetic import PARTS, Configuration, Measures, parts
 from hf_distill.planning.trial import measures_of
 from hf_distill.recipe import Recipe, arguments
 from hf_distill.recording import TopK, codec
+from hf_distill.stages.models import teaches_itself
 
 __all__ = ["Plan", "make_plan", "memory_bytes"]
 
@@ -37,7 +38,8 @@ class Plan:
 
     memory: bytes of a device; ways: bytes by part, by configuration
     steps, rows: of the training, and of the data where they are prepared; None where not known
-    records: whether the recipe itself records its teacher
+    records, teaches_itself: whether the recipe itself records its teacher, or has one that is the
+        student's own base
     """
 
     measures: Measures
@@ -50,6 +52,7 @@ class Plan:
     length: int
     bytes_per_target: float
     records: bool = False
+    teaches_itself: bool = False
 
     @property
     def recommended(self) -> Configuration | None:
@@ -129,7 +132,8 @@ class Plan:
         how = self.recommended
         if how is None:
             return told
-        options = f" --set teacher.placement={how.placement}" if how.placement else ""
+        placed = how.placement and not self.teaches_itself
+        options = f" --set teacher.placement={how.placement}" if placed else ""
         options = " --set record.k=64" if how.recorded and not self.records else options
         options = "".join(f" --set {shlex.quote(o)}" for o in overrides) + options
         if how.file is None:
@@ -159,7 +163,7 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
     """Measure a few steps of the recipe here, and say what they come to on other machines."""
     measures = measures_of(recipe)
     cpu = not torch.cuda.is_available()
-    possible_ways = possible(devices, recorded=recipe.record is not None)
+    possible_ways = possible(devices, recorded=recipe.record is not None, cpu=cpu)
     ways = {how: parts(measures, how, devices, cpu=cpu) for how in possible_ways}
     rows = _rows(recipe)
     return Plan(
@@ -173,13 +177,17 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
         length=recipe.data.max_length,
         bytes_per_target=_bytes_per_target(recipe),
         records=recipe.record is not None,
+        teaches_itself=teaches_itself(recipe),
     )
 
 
 def _rows(recipe: Recipe) -> int | None:
-    """Training rows, if they are prepared."""
+    """Rows to train on, if they are prepared."""
     folder = Path(recipe.output_dir) / recipe.name / "data" / "train"
-    return len(load_from_disk(str(folder))) if folder.exists() else None
+    if not folder.exists():
+        return None
+    rows, most = len(load_from_disk(str(folder))), recipe.record and recipe.record.max_rows
+    return min(rows, most) if most else rows
 
 
 def _steps(recipe: Recipe, rows: int | None, devices: int, measures: Measures) -> int | None:

@@ -90,7 +90,7 @@ def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) ->
     bucket = min(BUCKET * m.student_dtype, gradients) if cpu else BUCKET * m.student_dtype
     master = 4 * m.trained  # the engine's own float32 copy of what is trained
     if how.zero:
-        optimizer = (optimizer + master) / n
+        optimizer = (optimizer * 4 / m.student_dtype + master) / n  # in float32 too
         gradients = gradients / n + bucket
     elif n > 1:
         gradients *= 2  # DDP reduces them in buckets of their own
@@ -110,10 +110,13 @@ def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) ->
     return dict(zip(PARTS, values, strict=True))
 
 
-def possible(devices: int, *, recorded: bool = False) -> list[Configuration]:
-    """The ways to run on so many devices, the fastest first; recorded: only those."""
+def possible(devices: int, *, recorded: bool = False, cpu: bool = False) -> list[Configuration]:
+    """The ways to run on so many devices, the fastest first.
+
+    recorded: only those with a recorded teacher; cpu: none that offload to where all is already
+    """
     ways = RECORDED if recorded else CONFIGURATIONS
-    return [how for how in ways if how.several == (devices > 1)]
+    return [how for how in ways if how.several == (devices > 1) and not (cpu and how.offload)]
 
 
 def extrapolated(

@@ -244,6 +244,7 @@ def _cut(config: PreTrainedConfig, layers: int | None) -> Any:
 
 def _dtype(recipe: Recipe, role: str) -> torch.dtype:
     name = getattr(recipe, role).model_kwargs.get("dtype")
+    name = None if name == "auto" else name  # as the checkpoint has it
     if name is None and role == "teacher" and recipe.teacher.model is not None:
         return AutoConfig.from_pretrained(recipe.teacher.model).dtype or torch.float32
     return getattr(torch, str(name).removeprefix("torch.")) if name else torch.float32

@@ -11,21 +11,19 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.engines import plain_accelerator
+from hf_distill.engines import one_accelerator
 from hf_distill.errors import InputError
 from hf_distill.pretrained import not_found
 from hf_distill.recorder.scribe import RecordingSettings, Scribe
@@ -82,7 +80,7 @@ def record(
     raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
     """
     settings = RecordingSettings(kind, k, draws, temperature, seed)
-    with _one_accelerator(accelerator) as accelerator:
+    with one_accelerator(accelerator) as accelerator:
         scribe = Scribe(
             settings,
             teacher,
@@ -221,7 +219,7 @@ def estimate(
     **teacher_model_kwargs: Any,
 ) -> Estimate:
     """Time and size of `record`, from a few rows spread over the data set."""
-    with _one_accelerator(accelerator) as accelerator:
+    with one_accelerator(accelerator) as accelerator:
         scribe = Scribe(
             settings or RecordingSettings(),
             teacher,
@@ -242,14 +240,14 @@ def estimate(
         seconds = time.perf_counter() - start
         targets = sum(header_of(value, "a sampled row").targets for value in values)
         size, scale = sum(map(len, values)), len(dataset) / number
-    return Estimate(
-        rows=len(dataset),
-        targets=round(targets * scale),
-        bytes=round(size * scale),
-        seconds=seconds * scale / accelerator.num_processes,
-        bytes_per_target=size / max(targets, 1),
-        targets_per_second=targets * accelerator.num_processes / seconds,
-    )
+        return Estimate(
+            rows=len(dataset),
+            targets=round(targets * scale),
+            bytes=round(size * scale),
+            seconds=seconds * scale / accelerator.num_processes,
+            bytes_per_target=size / max(targets, 1),
+            targets_per_second=targets * accelerator.num_processes / seconds,
+        )
 
 
 def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
@@ -259,19 +257,6 @@ def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
         raise InputError("a stream has no fingerprint: give an output_dir for its recording")
     name = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
     return Path(datasets.config.HF_DATASETS_CACHE) / "hf_distill" / name
-
-
-@contextmanager
-def _one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
-    """The user's, or one for this work alone, that a Trainer after it knows nothing of."""
-    if given is not None:
-        yield given
-        return
-    fresh = not AcceleratorState._shared_state
-    yield plain_accelerator()
-    if fresh:
-        # A Trainer that wants mixed precision would be refused by a state without.
-        AcceleratorState._reset_state()
 
 
 def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None:

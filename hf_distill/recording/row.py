@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch.distributed.tensor import DTensor
 
 from hf_distill.recording.codec import KINDS, VERSION, Damaged
@@ -105,7 +106,10 @@ def tokenizer_hash(tokenizer: Any) -> int:
 def model_hash(model: Any) -> int:
     """Of every weight, by name. Of a sharded model a collective of all processes."""
     digest = xxhash.xxh3_64()
-    for name, tensor in sorted(model.state_dict().items()):
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # offloaded: the hooks have them
+        weights = get_state_dict_offloaded_model(model)
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         whole: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         flat = whole.detach().cpu().contiguous().flatten()

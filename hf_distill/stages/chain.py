@@ -14,7 +14,7 @@ from hf_distill.stages.inputs import data_stamp, model_stamp, tokenizer_source
 from hf_distill.stages.measuring import measure, write_report_and_card
 from hf_distill.stages.models import make_student
 from hf_distill.stages.preparation import prepare_data
-from hf_distill.stages.recording import record_teacher
+from hf_distill.stages.recording import SPLITS, record_teacher
 from hf_distill.stages.training import distil, train_baseline, train_teacher
 
 
@@ -37,8 +37,10 @@ def _without(section: dict[str, Any], *how_fast: str) -> dict[str, Any]:
 
 def _decide_recording(recipe: Recipe) -> Any:
     assert recipe.record is not None
-    kept = _without(recipe.record.model_dump(), "batch_size")
-    return [recipe.seed, kept, arguments(recipe.train)["temperature"], _given_teacher(recipe)]
+    kept, train = _without(recipe.record.model_dump(), "batch_size"), arguments(recipe.train)
+    # The teacher speaks in the precision of the trainings.
+    said = {key: train.get(key) for key in ("temperature", "bf16", "fp16")}
+    return [recipe.seed, kept, said, _given_teacher(recipe)]
 
 
 def _decide_student(recipe: Recipe) -> Any:
@@ -80,6 +82,7 @@ record = Stage(
     make=record_teacher,
     everywhere=True,
     wanted=lambda recipe: recipe.record is not None,
+    keeps=SPLITS,
 )
 student = Stage(
     name="student",

@@ -43,7 +43,8 @@ class Stage:
     after: the stages whose results it uses
     make: called with the run and the path to make the result at; on all processes where
         `everywhere` is True, otherwise on the main process alone
-    wanted: whether the recipe has this stage; without it an earlier result is removed
+    wanted: whether the recipe has this stage; without it an earlier result is left alone
+    keeps: parts of a result that were whole before it was, and are gone on from after a kill
     """
 
     name: str
@@ -54,12 +55,12 @@ class Stage:
     make: Callable[[Run, Path], None]
     everywhere: bool = False
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    keeps: tuple[str, ...] = ()
 
     def __call__(self, run: Run) -> None:
         """Make the result, unless it is there already, made from the same inputs."""
         start = time.perf_counter()
         if not self.wanted(run.recipe):
-            run.from_main(lambda: _forget(run, self))
             run.say(f"{self.name}: not in this recipe, skipped")
             return
         work = run.folder / "work" / self.name
@@ -70,7 +71,8 @@ class Stage:
             return
         run.say(f"{self.name}: {self.doing}")
         engine = f"{run.state.distributed_type.value} x {run.state.num_processes}"
-        run.from_main(lambda: _begin(work, {"fingerprint": fingerprint, "engine": engine}))
+        inputs = {"fingerprint": fingerprint, "engine": engine}
+        run.from_main(lambda: _begin(work, inputs, self.keeps))
         if self.everywhere:
             self.make(run, work / "result")
             run.state.wait_for_everyone()
@@ -172,7 +174,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _begin(work: Path, inputs: dict[str, str]) -> None:
+def _begin(work: Path, inputs: dict[str, str], keeps: tuple[str, ...]) -> None:
     """An empty working folder, or what an interrupted run with the same inputs left in it.
 
     Other numbers of processes draw other batches, and engines cannot read each other's
@@ -182,6 +184,9 @@ def _begin(work: Path, inputs: dict[str, str]) -> None:
         remove(work)
         work.mkdir(parents=True)
         write_whole(work / "begun.json", json.dumps(inputs))
+    for part in keeps:
+        if (work / "result" / part).exists():
+            (work / "result" / part).rename(work / part)
     remove(work / "result")
 
 
@@ -193,8 +198,3 @@ def _finish(run: Run, stage: Stage, fingerprint: str, seconds: float) -> None:
     (work / "result").rename(result)
     write_whole(stamp, json.dumps({"fingerprint": fingerprint, "seconds": round(seconds, 1)}))
     remove(work)
-
-
-def _forget(run: Run, stage: Stage) -> None:
-    for path in (stamp_of(run, stage), run.folder / stage.result):
-        remove(path)

@@ -143,7 +143,7 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
     recipe = run.recipe
     told = recipe.resolved()
     teacher, student = names(told)
-    lora = recipe.student.lora is not None
+    lora = recipe.student.lora is not None and not recipe.student.lora.merge
     return CardFacts(
         model_name=recipe.name,
         teacher=recipe.teacher.model or teacher,

@@ -63,11 +63,19 @@ def record_teacher(run: Run, result: Path) -> None:
     AcceleratorState._reset_state()
 
 
+def check_records(recipe: Recipe) -> None:
+    """InputError for a recipe that wants nothing recorded."""
+    if recipe.record is None:
+        raise InputError(
+            "the recipe has no 'record' section, so there is nothing to record: add one, or "
+            "--set record.k=64"
+        )
+
+
 def estimate_recording(run: Run) -> Estimate:
     """What the stage would take, from a timed sample of the training rows."""
     section = run.recipe.record
-    if section is None:
-        raise InputError("the recipe has no 'record' section: add one, as `record: {k: 64}`")
+    assert section is not None
     tokenizer = tokenizer_of(run)
     return estimate(
         _rows(run, "train"),

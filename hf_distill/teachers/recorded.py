@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hf_distill import divergences
@@ -57,7 +58,8 @@ def check_recording(
     header: Header, what: str, *, temperature: float, divergence: Divergence, student_rows: int
 ) -> None:
     """InputError where a recording cannot serve this objective."""
-    if header.kind != "full" and header.temperature != temperature:
+    # A recording holds its temperature in float32, in which 0.7 is another number.
+    if header.kind != "full" and np.float32(header.temperature) != np.float32(temperature):
         raise InputError(
             f"{what} was recorded at temperature {header.temperature:g}, but temperature is "
             f"{temperature:g}, and what a teacher says at one cannot be had from the other: set "

@@ -119,13 +119,28 @@ def test_another_version_of_the_library_makes_all_again(
     assert chain.run(recipe(tmp_path)) == ["first", "second", "third"]
 
 
-def test_an_unwanted_stage_leaves_nothing_behind(tmp_path: Path, capsys: Any) -> None:
+def test_an_unwanted_stage_keeps_what_it_has_made(tmp_path: Path, capsys: Any) -> None:
+    """A command that lacks an option must not cost hours of recording."""
     chain = Chain()
     chain.run(recipe(tmp_path))
+    before = contents(tmp_path)
     assert chain.run(recipe(tmp_path, baseline=False)) == []
-    assert not (tmp_path / "tiny/third").exists()
+    assert contents(tmp_path) == before
     assert "third: not in this recipe, skipped" in capsys.readouterr().out
-    assert chain.run(recipe(tmp_path)) == ["third"]
+    assert chain.run(recipe(tmp_path)) == []
+
+
+def test_parts_that_were_whole_are_gone_on_from(tmp_path: Path) -> None:
+    """A kill between moving the parts into a result and the result to its place."""
+    begun, work = {"fingerprint": "a"}, tmp_path / "work"
+    engine._begin(work, begun, ("train",))
+    (work / "result" / "train").mkdir(parents=True)
+    (work / "result" / "rest").write_text("half")
+    engine._begin(work, begun, ("train",))
+    assert (work / "train").is_dir()
+    assert not (work / "result").exists()
+    engine._begin(work, {"fingerprint": "b"}, ("train",))
+    assert not (work / "train").exists()
 
 
 def test_a_stage_that_fails_keeps_the_old_result_and_shows_no_half(tmp_path: Path) -> None:
