@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
@@ -87,8 +88,7 @@ class RecordedRowsMixin(Trainer):
 def _refuse_unlike(headers: Mapping[str, Header], *, mixed: bool) -> None:
     """One collator reads all sets, so that they must have been recorded in one way."""
     alike = ("kind", "k", "temperature", "vocabulary", *(() if mixed else ("teacher",)))
-    (first, expected), *others = headers.items() or [("", None)]
-    for name, header in others:
+    for (first, expected), (name, header) in pairwise(headers.items()):
         for field in alike:
             found, wanted = getattr(header, field), getattr(expected, field)
             if found != wanted:

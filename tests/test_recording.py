@@ -370,7 +370,9 @@ def test_another_temperature_is_refused_with_the_remedy(tmp_path: Path) -> None:
 def test_any_temperature_can_be_trained_with(tmp_path: Path) -> None:
     """0.7 in float32, as rows hold it, is another number than Python's."""
     data = recorded(tmp_path, rows(6), kind="top_k", k=4, temperature=0.7)
-    make_trainer(tmp_path, data, temperature=0.7, max_steps=1).train()
+    trainer = make_trainer(tmp_path, data, temperature=0.7, max_steps=1, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["forward_kl"] > 0
 
 
 def test_rows_without_a_recording_are_refused_where_nobody_can_be_asked(tmp_path: Path) -> None:

@@ -66,17 +66,6 @@ CONFIGURATIONS = (
         "ZeRO-3 offloaded, teacher sharded", "zero3_offload.yaml", "sharded", zero=3, offload=True
     ),
 )
-# For a recipe that records its teacher anyway, so that no training holds it.
-RECORDED = tuple(
-    Configuration(f"{name}, recorded teacher", file, "", zero, file is not None, offload, True)
-    for name, file, zero, offload in (
-        ("one device", None, 0, False),
-        ("DDP", "ddp.yaml", 0, False),
-        ("ZeRO-2", "zero2.yaml", 2, False),
-        ("ZeRO-3", "zero3.yaml", 3, False),
-        ("ZeRO-3 offloaded", "zero3_offload.yaml", 3, True),
-    )
-)
 PARTS = ("student", "gradients", "optimizer", "teacher", "activations", "head", "libraries")
 
 
@@ -115,8 +104,18 @@ def possible(devices: int, *, recorded: bool = False, cpu: bool = False) -> list
 
     recorded: only those with a recorded teacher; cpu: none that offload to where all is already
     """
-    ways = RECORDED if recorded else CONFIGURATIONS
-    return [how for how in ways if how.several == (devices > 1) and not (cpu and how.offload)]
+    ways = [
+        how for how in CONFIGURATIONS if how.several == (devices > 1) and not (cpu and how.offload)
+    ]
+    if not recorded:
+        return ways
+    engines = {how.file: how for how in reversed(ways)}  # one of each: the first
+    return [
+        replace(
+            how, name=f"{how.name.split(',')[0]}, recorded teacher", placement="", recorded=True
+        )
+        for how in reversed(engines.values())
+    ]
 
 
 def extrapolated(

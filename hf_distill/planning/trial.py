@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import multiprocessing
 import statistics
 import tempfile
@@ -91,6 +92,8 @@ def _in_child(
     answer: Any, text: str, student_layers: int | None, teacher_layers: int | None
 ) -> None:
     quiet()
+    # What a trainer warns of random tokens and no tokenizer is no news of the recipe.
+    logging.getLogger("hf_distill").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(None):  # Trainer's logs of random tokens
             found = _trial(parse_recipe(text), student_layers, teacher_layers)

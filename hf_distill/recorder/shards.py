@@ -27,6 +27,7 @@ SETTINGS = "settings.json"
 
 
 def shard_name(index: int) -> str:
+    """The file of a shard, by its place among them."""
     return f"shard-{index:06}.arrow"
 
 

@@ -75,6 +75,7 @@ class Sampled:
 
 
 def encode_top_k(content: TopK) -> bytes:
+    """The bytes of `top_k`: values below the least that is kept are raised to it."""
     n, k = content.ids.shape
     log_probs = np.maximum(content.log_probs, LEAST).astype(np.float32)
     outside = ~np.isnan(content.log_label)
@@ -102,6 +103,7 @@ def encode_top_k(content: TopK) -> bytes:
 
 
 def decode_top_k(data: bytes, n: int, k: int, vocabulary: int) -> TopK:
+    """What `encode_top_k` wrote of n targets; `Damaged` where it cannot be."""
     stream = _Stream(data)
     log_tail = stream.take("<f4", n)
     outside = np.unpackbits(stream.take("u1", -(-n // 8)), count=n).astype(bool)
@@ -128,6 +130,7 @@ def decode_top_k(data: bytes, n: int, k: int, vocabulary: int) -> TopK:
 
 
 def encode_sampled(content: Sampled) -> bytes:
+    """The bytes of `sampled`: gaps between sorted ids, and how often each was drawn."""
     drawn = content.counts > 0
     lengths = drawn.sum(1)
     gaps = np.diff(np.where(drawn, content.ids, 0), axis=1, prepend=-1)[drawn] - 1
@@ -139,6 +142,7 @@ def encode_sampled(content: Sampled) -> bytes:
 
 
 def decode_sampled(data: bytes, n: int, vocabulary: int) -> Sampled:
+    """What `encode_sampled` wrote of n targets; `Damaged` where it cannot be."""
     stream = _Stream(data)
     lengths = stream.take("<u2", n).astype(np.int64)
     entropy = stream.take("<f4", n)
@@ -160,6 +164,7 @@ def decode_sampled(data: bytes, n: int, vocabulary: int) -> Sampled:
 
 
 def encode_full(log_probs: Floats) -> bytes:
+    """The bytes of `full`: (targets, ids) as they are, float32 or float16."""
     return log_probs.tobytes()
 
 

@@ -51,6 +51,7 @@ class Header:
 
 
 def write(header: Header, content: bytes) -> bytes:
+    """A row's value: header, content and their checksum; `read` is its inverse."""
     packed = LAYOUT.pack(
         VERSION,
         KINDS.index(header.kind),
