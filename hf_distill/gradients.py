@@ -24,7 +24,9 @@ from torch import Tensor
 from hf_distill import divergences
 from hf_distill.divergences import Divergence
 
-Form = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Memory of a tensor's shape that the caller may write to.
+New = Callable[[Tensor], Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, New], tuple[Tensor, Tensor]]
 
 
 def closed_form(divergence: Divergence) -> Form | None:
@@ -36,14 +38,22 @@ def closed_form(divergence: Divergence) -> Form | None:
     return partial(form, **options) if form is not None else None
 
 
-def value_and_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_slope(
+    divergence: Divergence,
+    log_q: Tensor,
+    q: Tensor,
+    log_p: Tensor,
+    p: Tensor,
+    new: New = torch.empty_like,
+) -> tuple[Tensor, Tensor]:
     """The divergence of each target, (n,), and s, (n, ids); a user's own through autograd.
 
-    log_q, log_p: (n, ids) log-probabilities
+    log_q, q, log_p, p: (n, ids) student and teacher; left as they are
+    new: where scratch memory comes from
     """
     form = closed_form(divergence)
     if form is not None:
-        v, s = form(log_q, log_p)
+        v, s = form(log_q, q, log_p, p, new)
         return v.sum(-1).clamp_(min=0), s
     leaf = log_q.detach().requires_grad_()
     with torch.enable_grad():
@@ -52,41 +62,50 @@ def value_and_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor) -> tup
     return value.detach(), slope
 
 
-def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    return (log_p - log_q).mul_(p), p.neg_()
+def _forward_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New
+) -> tuple[Tensor, Tensor]:
+    v = torch.sub(log_p, log_q, out=new(log_p)).mul_(p)
+    return v, torch.neg(p, out=new(p))
 
 
-def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    s = (log_q - log_p).mul_(log_q.exp())
+def _reverse_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New
+) -> tuple[Tensor, Tensor]:
+    s = torch.sub(log_q, log_p, out=new(log_q)).mul_(q)
     return s, s
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    q, p = log_q.exp(), log_p.exp()
-    log_m = _positive(torch.lerp(q, p, beta)).log_()
-    s = (log_q - log_m).mul_(q).mul_(1 - beta)
-    return (log_p - log_m).mul_(p).mul_(beta).add_(s), s
+def _jsd(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, beta: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    log_m = _positive(torch.lerp(q, p, beta, out=new(q))).log_()
+    s = torch.sub(log_q, log_m, out=new(log_q)).mul_(q).mul_(1 - beta)
+    v = torch.sub(log_p, log_m, out=log_m).mul_(p)
+    return torch.add(s, v, alpha=beta, out=v), s
 
 
-def _skew_forward_kl(log_q: Tensor, log_p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    q, p = log_q.exp(), log_p.exp()
-    m = _positive(torch.lerp(q, p, skew))
-    s = (p / m).mul_(q).mul_(skew - 1)  # p / m <= 1 / skew
-    return (log_p - m.log()).mul_(p), s
+def _skew_forward_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, skew: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    m = _positive(torch.lerp(q, p, skew, out=new(q)))
+    s = torch.div(p, m, out=new(p)).mul_(q).mul_(skew - 1)  # p / m <= 1 / skew
+    return torch.sub(log_p, m.log_(), out=m).mul_(p), s
 
 
-def _skew_reverse_kl(log_q: Tensor, log_p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    q, p = log_q.exp(), log_p.exp()
-    m = _positive(torch.lerp(p, q, skew))
-    v = (log_q - m.log()).mul_(q)
-    return v, v - (q / m).mul_(q).mul_(skew)  # q / m <= 1 / skew
+def _skew_reverse_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, skew: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    m = _positive(torch.lerp(p, q, skew, out=new(p)))
+    v = torch.log(m, out=new(m))
+    v = torch.sub(log_q, v, out=v).mul_(q)
+    s = torch.div(q, m, out=m).mul_(q).mul_(-skew).add_(v)  # q / m <= 1 / skew
+    return v, s
 
 
-def _tvd(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    q = log_q.exp()
-    half = (q - log_p.exp()).mul_(0.5)
-    return half.abs(), half.sign().mul_(0.5).mul_(q)
+def _tvd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New) -> tuple[Tensor, Tensor]:
+    half = torch.sub(q, p, out=new(q)).mul_(0.5)
+    return torch.abs(half, out=new(half)), half.sign_().mul_(0.5).mul_(q)
 
 
 def _positive(probabilities: Tensor) -> Tensor:
