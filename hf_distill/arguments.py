@@ -58,7 +58,7 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "What the logits of student and teacher may take at a time, in MB; by default "
-            "128, or three quarters of the output head's gradient where that is more."
+            "136, or three quarters of the output head's gradient where that is more."
         },
     )
     mixed_recordings: bool = field(

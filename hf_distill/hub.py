@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+from huggingface_hub import (
+    CommitOperation,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    errors,
+    get_token,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from hf_distill.card import with_model_id
@@ -18,6 +25,8 @@ CARD = "README.md"
 # states, *.pt, *.pth, *.pkl) stays here. Only the folder itself is read, never its checkpoints.
 PUBLISHED = [CARD, "LICENSE*", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 WITHHELD = ["trainer_state.json", "log_history.json", "*_results.json", "optimizer*", "scheduler*"]
+# What would be loaded beside, or instead of, the student if an earlier one had left it there.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
 
 
 def publish(
@@ -29,6 +38,9 @@ def publish(
     endpoint: str | None = None,
 ) -> str:
     """Push a saved student to the Hub in one commit and return its address.
+
+    Weights that an earlier student left there go with the same commit: shards of another number,
+    or an adapter that has been merged since.
 
     folder: a model saved as safetensors with its tokenizer and card (``README.md``); the card's
         snippet is made to load ``repo_id``
@@ -47,12 +59,16 @@ def publish(
                 f"{url.repo_id!r} exists on the Hub and is public, but the student was to be "
                 "private: choose another name, or make that repository private first"
             )
-        api.create_commit(
-            url.repo_id,
-            [CommitOperationAdd(path.name, str(path)) for path in _files(folder)]
-            + [CommitOperationAdd(CARD, _card_for(folder, url.repo_id).encode())],
-            commit_message="Publish the student",
-        )
+        files = _files(folder)
+        changes: list[CommitOperation] = [
+            CommitOperationAdd(path.name, str(path)) for path in files
+        ]
+        changes.append(CommitOperationAdd(CARD, _card_for(folder, url.repo_id).encode()))
+        present = api.list_repo_files(url.repo_id)
+        stale = set(filter_repo_objects(present, allow_patterns=REPLACED))
+        stale = {name for name in stale if "/" not in name} - {path.name for path in files}
+        changes += [CommitOperationDelete(name) for name in sorted(stale)]
+        api.create_commit(url.repo_id, changes, commit_message="Publish the student")
     return str(url)
 
 

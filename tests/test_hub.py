@@ -145,6 +145,24 @@ def test_publishing_again_replaces_what_changed(hub: HubServer, student: Path) -
     assert b"0.03" in files["config.json"]
 
 
+def test_publishing_again_leaves_no_weights_of_before(hub: HubServer, student: Path) -> None:
+    """An adapter that has been merged since would still be what `from_pretrained` loads."""
+    left = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+    for name in left:
+        (student / name).write_text("{}")
+    (student / "notes.txt").write_text("the user's own")
+    weights = (student / "model.safetensors").read_bytes()
+    publish(student, f"{USER}/student", token=TOKEN, endpoint=hub.endpoint)
+    for name in [*left, "notes.txt"]:
+        (student / name).unlink()
+    publish(student, f"{USER}/student", token=TOKEN, endpoint=hub.endpoint)
+    files = hub.repos["model", f"{USER}/student"].files("main")
+    assert files is not None
+    assert not set(left) & files.keys()
+    assert files["model.safetensors"] == weights
+    assert "notes.txt" in files  # not a student's weights, so not ours to delete
+
+
 @pytest.mark.parametrize("missing", ["README.md", "model.safetensors", "config.json"])
 def test_an_incomplete_folder_is_refused(hub: HubServer, student: Path, missing: str) -> None:
     (student / missing).unlink()

@@ -29,6 +29,7 @@ MEASURES = Measures(
     optimizer=8e9,
     trained=1e9,
     student_dtype=4,
+    engine_dtype=4,
     teacher=14e9,
     teacher_ends=1e9,
     teacher_layer=0.4e9,
@@ -58,6 +59,23 @@ def test_parts_by_hand() -> None:
     assert total("ZeRO-2, teacher sharded", 8) == 4e9 + shared + sharded + rest
     # ZeRO-3 lets 4 GB of gathered weights lie: for a student of this size, all of them.
     assert total("ZeRO-3, teacher sharded", 8) == 4e9 / 8 + 4e9 + shared + sharded + rest
+
+
+def test_deepspeed_holds_a_bfloat16_student_by_itself() -> None:
+    """Weights and gradients in half the bytes, buckets of 1 GB; the moments stay as they are."""
+    mixed, rest = replace(MEASURES, engine_dtype=2), 14e9 + 1e9 + 5e9 + 0.5e9
+    assert total("ZeRO-2", 8, mixed) == 2e9 + (8e9 + 4e9) / 8 + 2e9 / 8 + 1e9 + rest
+    assert total("DDP", 8, mixed) == total("DDP", 8)
+
+
+@pytest.mark.parametrize(("bits", "each"), [(8, 1.0), (4, 0.5 + 4 / 64)])
+def test_quantised_layers_are_planned_at_their_size(tmp_path: Path, bits: int, each: float) -> None:
+    quantised = f"teacher.model_kwargs={{quantization_config: {{load_in_{bits}bit: true}}}}"
+    shape = {"vocab_size": 300, "n_positions": 32, "n_head": 2, "n_embd": 32}
+    teacher = GPT2LMHeadModel(GPT2Config(n_layer=2, **shape))
+    layers = sum(p.numel() for p in teacher.transformer.h.parameters())
+    found = make_plan(load_recipe(write_recipe(tmp_path), [quantised]), 1, 8e9).measures
+    assert found.teacher == 4 * (teacher.num_parameters() - layers) + each * layers
 
 
 def test_a_plan_recommends_the_first_that_fits() -> None:

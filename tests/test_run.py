@@ -109,8 +109,10 @@ def test_evaluate_again(finished: Path) -> None:
     assert done.exit_code == 0, done.output
     for role, figures in quality(finished).items():
         assert figures == pytest.approx(before[role], rel=1e-4)
+    told = (finished / "recipe.yaml").read_text()
     stale = invoke("evaluate", recipe, *options, "--set", "train.alpha=0.1")
     assert stale.exit_code == 2
+    assert (finished / "recipe.yaml").read_text() == told  # of the results that are there
     assert "is not up to date with the recipe (stage train)" in stale.output
     assert run(recipe).exit_code == 0
 

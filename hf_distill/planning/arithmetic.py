@@ -19,6 +19,7 @@ class Measures:
 
     libraries: the process before any model; weights, gradients, optimizer: the student's
     trained, student_dtype: how many parameters are trained, bytes of one
+    engine_dtype: bytes of one where DeepSpeed holds them, which casts to bf16 or fp16 itself
     teacher, teacher_ends, teacher_layer: all of its weights; those outside its layers; one layer
     activations: all else that is held at the peak; head: the chunk of logits that it is made in
     seconds, tokens: of the micro-batch; accumulation: micro-batches of a step on each device
@@ -30,6 +31,7 @@ class Measures:
     optimizer: float
     trained: float
     student_dtype: int
+    engine_dtype: int
     teacher: float
     teacher_ends: float
     teacher_layer: float
@@ -75,18 +77,21 @@ def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) ->
     cpu: whether the devices are CPUs, where a buffer takes what was written to it only
     """
     m, n = measures, devices if how.several else 1
-    student, gradients, optimizer = m.weights, m.gradients, m.optimizer
-    bucket = min(BUCKET * m.student_dtype, gradients) if cpu else BUCKET * m.student_dtype
-    master = 4 * m.trained  # the engine's own float32 copy of what is trained
+    each = m.engine_dtype if how.zero else m.student_dtype
+    whole, gradients, optimizer = m.weights, m.gradients, m.optimizer
     if how.zero:
-        optimizer = (optimizer * 4 / m.student_dtype + master) / n  # in float32 too
+        whole, gradients = whole * each / m.student_dtype, gradients * each / m.student_dtype
+        bucket = min(BUCKET * each, gradients) if cpu else BUCKET * each
+        # Its moments, and its own copy of what is trained, are in float32.
+        optimizer = (optimizer * 4 / m.student_dtype + 4 * m.trained) / n
         gradients = gradients / n + bucket
     elif n > 1:
         gradients *= 2  # DDP reduces them in buckets of their own
+    student = whole
     if how.zero == 3:
-        student = student / n + min(student, LIVE * m.student_dtype)
+        student = whole / n + min(whole, LIVE * each)
     if how.offload:
-        student -= m.weights / n
+        student -= whole / n
         optimizer = 0.0
     teacher = m.teacher
     if how.placement == "sharded" and n > 1:

@@ -109,7 +109,7 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     student: Any = _model(_cut(student_config, student_layers), _dtype(recipe, "student"))
     if recipe.student.lora is not None:
         student = with_adapters(student, recipe)
-    weights = sum(p.nbytes for p in student.parameters())
+    weights: float = sum(p.nbytes for p in student.parameters())
     vocabulary, length = student_config.get_text_config().vocab_size, recipe.data.max_length
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,8 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     kept = [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
     optimizer = sum(value.nbytes for value in kept)
     own = isinstance(teacher, LiveTeacher)
-    sizes = _Sizes(recipe, teacher_config, role="teacher")
+    sizes = _Sizes(recipe, _cut(teacher_config, teacher_layers), role="teacher")
+    saved = _Sizes(recipe, _cut(student_config, student_layers)).saved
     gradients = sum(p.nbytes for p in trained)
     tokens = args.per_device_train_batch_size * length
     head = min(_chunk(student), tokens * vocabulary * 8)
@@ -144,12 +145,13 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     teacher_bytes = sum(p.nbytes for p in teacher.model.parameters()) if own else 0
     return Measures(
         libraries=libraries,
-        weights=weights,
+        weights=weights - saved,
         gradients=gradients,
         optimizer=optimizer,
         trained=sum(p.numel() for p in trained),
         student_dtype=trained[0].element_size(),
-        teacher=teacher_bytes,
+        engine_dtype=2 if args.bf16 or args.fp16 else trained[0].element_size(),
+        teacher=teacher_bytes - (sizes.saved if own else 0),
         teacher_ends=sizes.ends,
         teacher_layer=sizes.layer,
         activations=max(0.0, peak - known - teacher_bytes),
@@ -182,7 +184,11 @@ class _Clock(TrainerCallback):
 
 
 class _Sizes:
-    """Bytes of a model that is not made: all of its weights, one layer's, and the rest."""
+    """Bytes of a model that is not made: all of its weights, one layer's, and the rest.
+
+    saved: by quantisation, which trials do without; of the layers, as bitsandbytes leaves the
+        embeddings and the output head as they are
+    """
 
     def __init__(self, recipe: Recipe, config: PreTrainedConfig, role: str = "student") -> None:
         def count(layers: int | None) -> int:
@@ -192,10 +198,22 @@ class _Sizes:
             return model.num_parameters()
 
         each = torch.empty((), dtype=_dtype(recipe, role)).element_size()
+        in_layer = _quantised_bytes(recipe, role) or each
+        layers = config.get_text_config().num_hidden_layers
         self.parameters = count(None)
-        self.bytes = self.parameters * each
-        self.layer = (count(2) - count(1)) * each
-        self.ends = max(0, self.bytes - self.layer * config.get_text_config().num_hidden_layers)
+        layer = count(2) - count(1)
+        self.layer = layer * in_layer
+        self.ends = max(0, self.parameters - layer * layers) * each
+        self.bytes = self.ends + self.layer * layers
+        self.saved = self.parameters * each - self.bytes
+
+
+def _quantised_bytes(recipe: Recipe, role: str) -> float | None:
+    """Of one parameter in a layer; None where nothing is quantised."""
+    wanted = getattr(recipe, role).model_kwargs.get("quantization_config") or {}
+    if wanted.get("load_in_4bit"):
+        return 0.5 + 4 / wanted.get("bnb_4bit_blocksize", 64)  # with the scale of each block
+    return 1.0 if wanted.get("load_in_8bit") else None
 
 
 def _is_small(recipe: Recipe, student: _Sizes, teacher: _Sizes) -> bool:

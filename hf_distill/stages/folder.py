@@ -31,12 +31,13 @@ def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
     _tell_of_missing_processes(run)
     check_arguments(recipe)
     lock = FileLock(run.folder / LOCK)
-    is_new = run.from_main(lambda: _claim(run, Path(source), lock))
+    earlier = run.from_main(lambda: _claim(run, Path(source), lock))
+    results = _results(run.folder)
     try:
         yield run
     except InputError:
-        if run.state.is_main_process and is_new and not _has_results(run.folder):
-            remove(run.folder)
+        if run.state.is_main_process and _results(run.folder) == results:
+            _give_back(run.folder, earlier)
         raise
     finally:
         lock.release()
@@ -58,8 +59,8 @@ def _tell_of_missing_processes(run: Run) -> None:
         )
 
 
-def _claim(run: Run, source: Path, lock: FileLock) -> bool:
-    """Take the folder; returns whether there was nothing in it."""
+def _claim(run: Run, source: Path, lock: FileLock) -> dict[str, str | None] | None:
+    """Take the folder; returns what `recipe.yaml` and the like said before, None in a new one."""
     folder = run.folder
     try:
         present = {path.name for path in folder.iterdir()} - {LOCK}
@@ -84,9 +85,25 @@ def _claim(run: Run, source: Path, lock: FileLock) -> bool:
     origin = {"recipe": os.path.relpath(source.resolve(), folder.resolve())}
     _refuse_another(folder, text, origin)
     (folder / "work").mkdir(exist_ok=True)
-    write_whole(folder / "work" / "run.json", json.dumps(origin))
-    write_whole(folder / "recipe.yaml", text)
-    return not present
+    written = {"work/run.json": json.dumps(origin), "recipe.yaml": text}
+    earlier = {name: _read(folder / name) for name in written} if present else None
+    for name, content in written.items():
+        write_whole(folder / name, content)
+    return earlier
+
+
+def _give_back(folder: Path, earlier: dict[str, str | None] | None) -> None:
+    """After a run that was refused before it had a result: the folder as it was found."""
+    if earlier is None:
+        remove(folder)
+        return
+    for name, content in earlier.items():
+        if content is not None:
+            write_whole(folder / name, content)
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _refuse_another(folder: Path, text: str, origin: dict[str, str]) -> None:
@@ -100,10 +117,11 @@ def _refuse_another(folder: Path, text: str, origin: dict[str, str]) -> None:
         )
 
 
-def _has_results(folder: Path) -> bool:
-    """Has any stage left a stamp, or a training a checkpoint?"""
+def _results(folder: Path) -> dict[Path, int]:
+    """The stamps of stages and the checkpoints of trainings, and when they came."""
     stamps = set((folder / "work").glob("*.json")) - {folder / "work" / "run.json"}
-    return bool(stamps) or any((folder / "work").glob("*/checkpoints/checkpoint-*"))
+    found = stamps | set((folder / "work").glob("*/checkpoints/checkpoint-*"))
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 def recipe_of(folder: str | Path) -> Recipe:
