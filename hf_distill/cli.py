@@ -80,7 +80,10 @@ def record(
     set_: Overrides = None,
     estimate: Annotated[
         bool,
-        typer.Option("--estimate", help="Time a sample and tell size and hours; record nothing."),
+        typer.Option(
+            "--estimate",
+            help="Time a sample, tell size and hours for all training rows; record nothing.",
+        ),
     ] = False,
     price: Annotated[
         float | None,

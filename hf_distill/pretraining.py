@@ -107,7 +107,8 @@ def model_from_config(
     if max_length is not None and positions is not None and positions < max_length:
         raise InputError(
             f"max_length={max_length} is beyond the {positions} positions of this {model_type}: "
-            "shorten the rows or give the model more positions (max_position_embeddings)"
+            "shorten the rows or give the model more positions (max_position_embeddings, or "
+            "n_positions)"
         )
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)

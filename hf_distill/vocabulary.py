@@ -79,10 +79,13 @@ def shared_vocabulary(
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
     shared = min([shared, *map(len, known)])
     if student_tokenizer is None or teacher_tokenizer is None:
+        missing = ("student", "processing_class")
+        if student_tokenizer is not None:
+            missing = ("teacher", "teacher_tokenizer")
         warn_once(
             "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
-            "not known; pass processing_class and teacher_tokenizer to have them checked.",
-            "teacher" if student_tokenizer is not None else "student",
+            "not known; pass %s to have them checked.",
+            *missing,
         )
         return shared
     difference = first_difference(student_tokenizer, teacher_tokenizer)

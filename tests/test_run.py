@@ -109,6 +109,7 @@ def test_evaluate_again(finished: Path) -> None:
     assert done.exit_code == 0, done.output
     for role, figures in quality(finished).items():
         assert figures == pytest.approx(before[role], rel=1e-4)
+    assert "report: done" in done.output  # or it would tell the speed of before
     told = (finished / "recipe.yaml").read_text()
     stale = invoke("evaluate", recipe, *options, "--set", "train.alpha=0.1")
     assert stale.exit_code == 2

@@ -120,7 +120,8 @@ class Plan:
         if self.rows is not None:
             size = self.rows * self.length * self.bytes_per_target
             told.append(
-                f"recording: at most about {size / GB:,.2f} GB for {self.rows:,} rows, at "
+                f"recording: at most about {size / GB:,.2f} GB for {self.rows:,} rows, as "
+                "prepared in the run folder, at "
                 f"{self.bytes_per_target:,.0f} bytes a target (`hf-distill record --estimate` "
                 "times a sample)"
             )

@@ -101,7 +101,9 @@ def _yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise InputError(f"{where}not valid YAML, {error.problem or error.context}") from None
+        hint = "" if "{" not in text else "; a value with braces in it has to be quoted"
+        problem = error.problem or error.context
+        raise InputError(f"{where}not valid YAML, {problem}{hint}") from None
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML, {str(error).splitlines()[0]}") from None
 

@@ -5,6 +5,7 @@ prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> repo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from hf_distill.errors import InputError
@@ -142,6 +143,7 @@ def measure_again(run: Run) -> None:
             f"{str(run.folder)!r} is not up to date with the recipe (stage {stale[0]}): "
             "let `hf-distill run` finish first"
         )
-    run.from_main(lambda: remove(stamp_of(run, evaluate)))
+    for stage in (evaluate, report):
+        run.from_main(partial(remove, stamp_of(run, stage)))
     evaluate(run)
     report(run)

@@ -111,9 +111,10 @@ def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     section = recipe.student
     lora = section.lora
     assert lora is not None
-    if section.model is not None:
-        # What the adapter says that it belongs to, so that it can be used without the run folder.
-        model.name_or_path = section.model
+    # What the adapter says that it belongs to: the id it came from, not the copy in the run folder;
+    # a folder by its whole path, since adapters are loaded from anywhere.
+    name = section.model or model.name_or_path
+    model.name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     set_seed(recipe.seed)
