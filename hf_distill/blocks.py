@@ -121,15 +121,15 @@ def judge(
     returns: values by name, and the gradient (n, ids)
     """
     column, temperature, shared = labels[:, None], weights.temperature, weights.shared
-    log_q = torch.log_softmax(logits, -1, out=new(logits))
     q = torch.softmax(logits, -1, out=new(logits))
-    values = {"ce": -log_q.gather(1, column)[:, 0]}
+    values = {"ce": _cross_entropy(logits, q, column)}
     if teacher is None:
         gradient = torch.mul(q, weights.ce, out=q if out is None else out)
         return values, _minus_label(gradient, column, weights.ce)
     # D's derivative by z / T meets T^2 / T.
     weight = weights.divergence * temperature
     if temperature == 1.0 and shared == logits.shape[1]:
+        log_q = torch.log_softmax(logits, -1, out=new(logits))
         values["divergence"], slope = _compare(log_q, q, teacher, weights, new)
         total = slope.sum(-1, keepdim=True)
         q.mul_(weights.ce - weight * total)
@@ -194,6 +194,12 @@ def _shared(logits: Tensor, weights: Weights, new: New) -> Tensor:
     if weights.temperature == 1.0:
         return shared
     return torch.div(shared, weights.temperature, out=new(shared))
+
+
+def _cross_entropy(logits: Tensor, q: Tensor, column: Tensor) -> Tensor:
+    """-log q of the labels, (n,), by way of the likeliest id, whose q has not underflowed."""
+    behind = logits.amax(-1, keepdim=True) - logits.gather(1, column)
+    return (behind - q.amax(-1, keepdim=True).log())[:, 0]
 
 
 def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
