@@ -28,7 +28,7 @@ from hf_distill.targets import accumulator
 # About what a core's rows of one block take: of half a dozen such arrays most stay in its caches.
 BLOCK_BYTES = 2**20
 LEAST_MEMORY = 136 * 2**20
-# Matrix products of whole tiles are up to 4% faster than those a few rows off.
+# Matrix products of whole tiles are some 2% faster than those a few rows off.
 TILE = 32
 # Rows of the head whose gradient is added up at a time where it needs a float32 copy first.
 SLICE = 4096

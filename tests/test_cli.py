@@ -58,6 +58,7 @@ BAD = {
     "train.temperature=0": "train: temperature is 0.0, but must be above 0",
     "train.beta=1.0": "train: beta is 1.0, but must be strictly between 0 and 1",
     "data.train=nothing/*.txt": "'nothing/*.txt' matches no file",
+    "data.train={stdlib}/*.py": "a value that begins with a brace has to be quoted",
     "data.train=nothing.txt": "'nothing.txt' does not exist",
     "data.max_length=64": "max_length=64 is beyond the 32 positions",
     "teacher.config.n_positions=16": "max_length=32 is beyond the 16 positions",

@@ -220,7 +220,7 @@ def _is_small(recipe: Recipe, student: _Sizes, teacher: _Sizes) -> bool:
     batch = arguments(recipe.train).get("per_device_train_batch_size", 8)
     tokens = batch * recipe.data.max_length
     operations = tokens * (6 * student.parameters + 2 * teacher.parameters)
-    memory = 4 * student.bytes + teacher.bytes
+    memory = 4 * (student.bytes + student.saved) + teacher.bytes + teacher.saved
     limit = OPERATIONS * (200 if torch.cuda.is_available() else 1)
     return operations < limit and memory < SHARE * PeakMemory.available()
 

@@ -101,7 +101,7 @@ def _yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        hint = "" if "{" not in text else "; a value with braces in it has to be quoted"
+        hint = "; a value that begins with a brace has to be quoted" if text[:1] == "{" else ""
         problem = error.problem or error.context
         raise InputError(f"{where}not valid YAML, {problem}{hint}") from None
     except yaml.YAMLError as error:

@@ -32,7 +32,8 @@ def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
     check_arguments(recipe)
     lock = FileLock(run.folder / LOCK)
     earlier = run.from_main(lambda: _claim(run, Path(source), lock))
-    results = _results(run.folder)
+    # By the main process alone: it may be at work while others would still be looking.
+    results = run.state.is_main_process and _results(run.folder)
     try:
         yield run
     except InputError:
@@ -98,7 +99,9 @@ def _give_back(folder: Path, earlier: dict[str, str | None] | None) -> None:
         remove(folder)
         return
     for name, content in earlier.items():
-        if content is not None:
+        if content is None:
+            remove(folder / name)
+        else:
             write_whole(folder / name, content)
 
 
