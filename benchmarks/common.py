@@ -25,9 +25,16 @@ SLICE = 4096
 
 @torch.no_grad()
 def four_products(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    slices: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits of both, gradient of the hidden states, of the head in float32; chunk by chunk."""
+    """Logits of both, gradient of the hidden states, of the head in float32; chunk by chunk.
+
+    slices: how many ids' logits one call makes, all where it is not given
+    """
     n, ids = len(hidden), len(weight)
     rows = min(CHUNK, n)
     ours, theirs = hidden.new_empty(rows, ids), hidden.new_empty(rows, ids)
@@ -36,8 +43,11 @@ def four_products(
     narrow = hidden.new_empty(min(SLICE, ids), hidden.shape[1])
     for at in range(0, n, rows):
         chunk = slice(at, min(at + rows, n))
-        z = torch.mm(hidden[chunk], weight.t(), out=ours[: chunk.stop - at])
-        torch.mm(teacher_hidden[chunk], teacher_weight.t(), out=theirs[: chunk.stop - at])
+        z, p = ours[: chunk.stop - at], theirs[: chunk.stop - at]
+        for v in range(0, ids, slices or ids):
+            part = slice(v, v + (slices or ids))
+            torch.mm(hidden[chunk], weight[part].t(), out=z[:, part])
+            torch.mm(teacher_hidden[chunk], teacher_weight[part].t(), out=p[:, part])
         torch.mm(z, weight, out=d_hidden[chunk])
         if d_weight.dtype == z.dtype:
             torch.addmm(d_weight, z.t(), hidden[chunk], beta=float(at > 0), out=d_weight)

@@ -5,7 +5,8 @@
     python benchmarks/step.py --teacher tiny --student tiny      in seconds, to see that it works
 
 Random weights (speed does not depend on them), real trainers. `floor` is the teacher's forward,
-the student's forward and backward, both without heads, AdamW, and the four products of the heads.
+the student's forward and backward, both without heads, AdamW, and the four products of the heads as
+plain calls; `floor_sliced` makes the logits for 512 ids at a time, as ours does.
 `finetuning` is a plain Trainer without a teacher. bfloat16 is `bf16=True` with a bfloat16 teacher.
 Peers: pip install 'hf-distill[bench]'.
 """
@@ -32,10 +33,12 @@ from transformers import (
 )
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill.head import IDS
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-VARIANTS = ["floor", "finetuning", "plain", "gkd", "ours"]
+FLOORS = {"floor": None, "floor_sliced": IDS}
+VARIANTS = ["floor", "floor_sliced", "finetuning", "plain", "gkd", "ours"]
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -125,7 +128,7 @@ def gkd(student: Any, teacher: Any, folder: str, common: Any, data: Any) -> Any:
     )
 
 
-def floor(options: argparse.Namespace) -> list[float]:
+def floor(options: argparse.Namespace, slices: int | None) -> list[float]:
     """The work that no distillation of this pair can do without."""
     narrow = options.dtype == "bfloat16"
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -145,6 +148,7 @@ def floor(options: argparse.Namespace) -> list[float]:
             student.lm_head.weight.detach().to(dtype),
             theirs.to(dtype),
             teacher.lm_head.weight,
+            slices,
         )
         hidden.backward(slope.view_as(hidden).to(hidden.dtype))
         student.lm_head.weight.grad.add_(of_head)
@@ -160,8 +164,8 @@ def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     forget_peak()
     before = memory_mb("VmRSS")
     loss = norm = float("nan")
-    if variant == "floor":
-        seconds = floor(options)
+    if variant in FLOORS:
+        seconds = floor(options, FLOORS[variant])
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(variant, options, folder)
