@@ -34,6 +34,7 @@ from hf_distill.metrics import (
     row_sums,
     text_bytes,
 )
+from hf_distill.pretraining import max_positions
 from hf_distill.targets import IGNORE, position_ids, target_labels
 from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
 
@@ -273,7 +274,7 @@ def continuations(
 
 
 def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> list[int]:
-    limit = measure.max_positions(model)
+    limit = max_positions(model.config)
     if limit is not None and limit <= len(prompt):
         raise InputError(
             f"a prompt has {len(prompt)} tokens, but the {name} has only {limit} positions: "

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_distill.errors import InputError
+from hf_distill.pretraining import max_positions
 from hf_distill.vocabulary import embedding_rows
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
@@ -58,11 +59,6 @@ def size_mb(source: Any) -> float:
     return sum(file.stat().st_size for file in files) / MB
 
 
-def max_positions(model: Any) -> int | None:
-    """How many positions a model can read, or None where its config names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 @torch.no_grad()
 def speed(
     model: Any,
@@ -80,7 +76,7 @@ def speed(
         (tokens after the first, greedy, with the cache), and `peak_memory_mb`, see there
     """
     started = time.perf_counter()
-    limit = max_positions(model) or prompt_tokens + new_tokens
+    limit = max_positions(model.config) or prompt_tokens + new_tokens
     new_tokens = max(2, min(new_tokens, limit // 2))
     prompt_tokens = max(1, min(prompt_tokens, limit - new_tokens))
     prompt = _random_prompt(model, prompt_tokens)

@@ -27,6 +27,7 @@ from hf_distill.errors import InputError, warn_once
 from hf_distill.head import Head
 from hf_distill.objective import Judgement, Objective, Term, precise_sum, sum_by_row
 from hf_distill.pretrained import load_model
+from hf_distill.pretraining import max_positions
 from hf_distill.recorded_rows import RecordedRowsMixin
 from hf_distill.stand_in import StandIn, UnusualHead
 from hf_distill.targets import (
@@ -206,6 +207,16 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
 
         whole_logits: somebody wants to see `outputs.logits`
         """
+        try:
+            return self._ask(model, inputs, scale, whole_logits)
+        except IndexError as error:
+            teacher = getattr(self.teacher, "model", None)
+            _explain(error, inputs, student=_unwrapped(self.model), teacher=teacher)
+            raise
+
+    def _ask(
+        self, model: nn.Module, inputs: Mapping[str, Any], scale: Tensor, whole_logits: bool
+    ) -> tuple[Judgement, dict[str, Term], Any]:
         labels = target_labels(inputs)
         targets = labels != IGNORE
         labels = labels[targets]
@@ -442,6 +453,25 @@ class DistillationTrainer(DistillationMixin):
 def _unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside an adapter; the model itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _explain(error: IndexError, inputs: Mapping[str, Any], **models: Any) -> None:
+    """InputError naming the row and the model in whose tables it finds no place, if that is it."""
+    ids = inputs.get("input_ids")
+    for role, model in models.items():
+        if ids is None or not isinstance(model, PreTrainedModel):
+            continue
+        length, positions = ids.shape[-1], max_positions(model.config)
+        if positions is not None and length > positions:
+            raise InputError(
+                f"a row has {length} tokens, but the {role} takes {positions} at most: tokenize "
+                "with truncation=True and max_length, or cut the rows"
+            ) from error
+        if (largest := int(ids.max())) >= (known := embedding_rows(model)):
+            raise InputError(
+                f"a row has token id {largest}, but the {role} knows {known} ids: tokenize with "
+                f"the {role}'s own tokenizer, or call resize_token_embeddings"
+            ) from error
 
 
 def _refuse_prompts(model: Any) -> None:

@@ -346,6 +346,18 @@ def test_dataset_without_labels_or_targets_is_refused(tmp_path: Path) -> None:
         unlabelled.train()
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([3] * 500, "500 tokens, but the student takes"), ([3, 10**6], "token id 1000000, but the")],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path: Path, ids: list[int], message: str) -> None:
+    rows = [{"input_ids": ids, "labels": [3] * len(ids)}]
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, train_dataset=rows).train()
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, eval_dataset=rows).evaluate()
+
+
 def test_model_classes_are_untouched(tmp_path: Path) -> None:
     """Nothing is patched: what is trained is the model that was given."""
     model: PreTrainedModel = small_model(0)
