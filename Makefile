@@ -37,7 +37,7 @@ $(VENV)/bench: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
-bench: $(VENV)/bench  ## speed and memory beside other libraries, about half an hour alone
+bench: $(VENV)/bench  ## speed and memory beside other libraries, over an hour alone
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/head.py --temperature 2
 	$(BIN)/python benchmarks/step.py --dtype float32,bfloat16

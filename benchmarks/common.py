@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_distill.head import IDS
+
 MB = 2**20
 
 
 CHUNK = 512  # rows at a time: the fastest of 342, 410, 512 and 683 within its memory
 SLICE = 4096
+# How many ids' logits a call makes: all of them, or as many as ours makes in float32.
+FLOORS = {"floor": None, "floor_sliced": IDS}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@
     python benchmarks/head.py --targets 8192 --vocab 151936 --variants ours
 
 `floor` is the four matrix products and nothing else, as plain calls on 512 rows; `floor_sliced`
-makes the logits for 512 ids at a time, as ours does, which is faster in float32. Peers:
+makes the logits for 512 ids at a time, as ours does in float32. Peers:
 pip install 'hf-distill[bench]'.
 Before any time is printed, values and gradients of all variants are compared (TRL's kernel has no
 cross-entropy, so it is compared with the divergence alone).
@@ -19,15 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Missing, answer, four_products, in_turn, parser, show, timed
+from common import FLOORS, Missing, answer, four_products, in_turn, parser, show, timed
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.divergences import named_divergence
-from hf_distill.head import IDS, Head, Hidden, Weights, fused_loss
+from hf_distill.head import Head, Hidden, Weights, fused_loss
 
 VARIANTS = ["floor", "floor_sliced", "plain", "liger", "trl", "ours"]
-FLOORS = {"floor": None, "floor_sliced": IDS}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 
 

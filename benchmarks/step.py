@@ -6,7 +6,7 @@
 
 Random weights (speed does not depend on them), real trainers. `floor` is the teacher's forward,
 the student's forward and backward, both without heads, AdamW, and the four products of the heads as
-plain calls; `floor_sliced` makes the logits for 512 ids at a time, as ours does.
+plain calls; `floor_sliced` makes the logits for 512 ids at a time, as ours does in float32.
 `finetuning` is a plain Trainer without a teacher. bfloat16 is `bf16=True` with a bfloat16 teacher.
 Peers: pip install 'hf-distill[bench]'.
 """
@@ -22,7 +22,17 @@ import time
 from typing import Any
 
 import torch
-from common import Missing, answer, forget_peak, four_products, in_turn, memory_mb, parser, show
+from common import (
+    FLOORS,
+    Missing,
+    answer,
+    forget_peak,
+    four_products,
+    in_turn,
+    memory_mb,
+    parser,
+    show,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -33,11 +43,9 @@ from transformers import (
 )
 
 from hf_distill import DistillationArguments, DistillationTrainer
-from hf_distill.head import IDS
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-FLOORS = {"floor": None, "floor_sliced": IDS}
 VARIANTS = ["floor", "floor_sliced", "finetuning", "plain", "gkd", "ours"]
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},

@@ -46,7 +46,7 @@ from hf_distill.teachers import (
     recorded_signal,
     without_recording,
 )
-from hf_distill.vocabulary import embedding_rows, head_rows, shared_vocabulary
+from hf_distill.vocabulary import embedding_rows, head_rows, known_ids, shared_vocabulary
 
 Denominators = dict[str, Tensor]
 LABELS = ("labels", "shift_labels")
@@ -209,14 +209,17 @@ class DistillationMixin(RecordedRowsMixin, ArtifactsMixin):
         """
         try:
             return self._ask(model, inputs, scale, whole_logits)
-        except IndexError as error:
-            teacher = getattr(self.teacher, "model", None)
-            _explain(error, inputs, student=_unwrapped(self.model), teacher=teacher)
+        except IndexError:
+            if (ids := inputs.get("input_ids")) is not None:
+                student = _unwrapped(self.model)
+                _refuse_long(ids.shape[-1], student, getattr(self.teacher, "model", None))
+                known_ids(ids, None, embedding_rows(student), "the student")
             raise
 
     def _ask(
         self, model: nn.Module, inputs: Mapping[str, Any], scale: Tensor, whole_logits: bool
     ) -> tuple[Judgement, dict[str, Term], Any]:
+        """The same, with a bare IndexError where a row has no place in a model's tables."""
         labels = target_labels(inputs)
         targets = labels != IGNORE
         labels = labels[targets]
@@ -455,23 +458,15 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _explain(error: IndexError, inputs: Mapping[str, Any], **models: Any) -> None:
-    """InputError naming the row and the model in whose tables it finds no place, if that is it."""
-    ids = inputs.get("input_ids")
-    for role, model in models.items():
-        if ids is None or not isinstance(model, PreTrainedModel):
-            continue
-        length, positions = ids.shape[-1], max_positions(model.config)
-        if positions is not None and length > positions:
+def _refuse_long(tokens: int, student: Any, teacher: Any) -> None:
+    """InputError for a row that is longer than a model's positions."""
+    for role, model in {"student": student, "teacher": teacher}.items():
+        positions = max_positions(model.config) if isinstance(model, PreTrainedModel) else None
+        if positions is not None and tokens > positions:
             raise InputError(
-                f"a row has {length} tokens, but the {role} takes {positions} at most: tokenize "
+                f"a row has {tokens} tokens, but the {role} takes {positions} at most: tokenize "
                 "with truncation=True and max_length, or cut the rows"
-            ) from error
-        if (largest := int(ids.max())) >= (known := embedding_rows(model)):
-            raise InputError(
-                f"a row has token id {largest}, but the {role} knows {known} ids: tokenize with "
-                f"the {role}'s own tokenizer, or call resize_token_embeddings"
-            ) from error
+            )
 
 
 def _refuse_prompts(model: Any) -> None:
