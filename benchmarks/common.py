@@ -138,11 +138,16 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
         else:
             memory = "peak_mb" if "peak_mb" in row else "extra_mb"
             low, high = row["seconds_range"]
+            learnt = (
+                ""
+                if row["loss"] is None
+                else (f"  loss {row['loss']:.5f}  gradient {row['grad_norm']:.6f}")
+            )
             print(
                 f"{row['variant']:<14} {row['dtype']:<9} T={row['temperature']:<4} "
                 f"{row['seconds']:8.3f} s ({low:.3f} to {high:.3f})  "
                 f"{row.get('ratio_to_floor', float('nan')):6.2f} x floor  "
-                f"{row[memory]:7.0f} MB  loss {row['loss']:.5f}  gradient {row['grad_norm']:.6f}",
+                f"{row[memory]:7.0f} MB{learnt}",
                 flush=True,
             )
 

@@ -124,7 +124,7 @@ def floor(problem: Problem, slices: int | None = None) -> None:
 
 def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(options)
-    loss = size = float("nan")
+    loss = size = None
     if variant in FLOORS:
         found = timed(lambda: floor(problem, FLOORS[variant]), options.repeats)
     else:

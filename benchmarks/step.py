@@ -171,7 +171,7 @@ def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     forget_peak()
     before = memory_mb("VmRSS")
-    loss = norm = float("nan")
+    loss = norm = None
     if variant in FLOORS:
         seconds = floor(options, FLOORS[variant])
     else:
@@ -188,8 +188,8 @@ def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": statistics.median(seconds[2:]),
         "peak_mb": memory_mb("VmHWM"),
         "extra_mb": memory_mb("VmHWM") - before,
-        "loss": float(loss),
-        "grad_norm": float(norm),
+        "loss": loss,
+        "grad_norm": norm,
     }
 
 
