@@ -118,6 +118,15 @@ def test_a_recipe_that_records_is_planned_without_its_teacher(tmp_path: Path) ->
     assert found.lines("r.yaml")[-1].endswith("recorded teacher: hf-distill run r.yaml")
 
 
+def test_a_device_is_planned_with_its_share_of_a_global_batch(tmp_path: Path) -> None:
+    sizes = ["train.global_batch_size=8", "train.per_device_train_batch_size=3"]
+    recipe = load_recipe(write_recipe(tmp_path), sizes)
+    found = make_plan(recipe, 2, 8e9).measures
+    assert (found.tokens, found.accumulation) == (2 * recipe.data.max_length, 2)
+    with pytest.raises(InputError, match="3 processes cannot share evenly"):
+        make_plan(recipe, 3, 8e9)
+
+
 def test_layers_are_linear() -> None:
     one = replace(MEASURES, seconds=1.0, activations=10.0)
     two = replace(one, seconds=1.5, activations=14.0)

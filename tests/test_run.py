@@ -23,6 +23,11 @@ STAGES = (
 )  # fmt: skip
 
 
+# What leaves nothing but the order of sums between one process and two.
+EXACT = ("global_batch_size=8", "bf16=false")
+NO_DROPOUT = ("resid_pdrop=0.0", "embd_pdrop=0.0", "attn_pdrop=0.0")
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("run"))
@@ -210,8 +215,13 @@ def launch(recipe: Path, config: str, *overrides: str) -> subprocess.CompletedPr
     )
 
 
-def test_two_processes(recipe: Path) -> None:
-    done = launch(recipe, "cpu2.yaml", "name=two")
+def test_two_processes_share_a_global_batch(recipe: Path) -> None:
+    """And end where one process ends, which takes the same eight rows a step."""
+    alike = [f"{section}.{key}" for section in ("teacher.train", "train") for key in EXACT]
+    alike += [f"{role}.config.{key}" for role in ("teacher", "student") for key in NO_DROPOUT]
+    done = run(recipe, "name=one", *alike)
+    assert done.exit_code == 0, done.output
+    done = launch(recipe, "cpu2.yaml", "name=two", *alike)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.endswith(" s")] != []
     assert done.stdout.count("evaluate: done") == 1
@@ -221,8 +231,16 @@ def test_two_processes(recipe: Path) -> None:
         json.loads((folder / "student" / "training_results.json").read_text())["engine"]
         == "MULTI_CPU"
     )
-    found = quality(folder)
-    assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
+    one = folder.with_name("one")
+    for role in ("teacher", "baseline", "student"):
+        assert losses(folder / role) == pytest.approx(losses(one / role), rel=1e-4), role
+        found, expected = (quality(path)[role]["perplexity"] for path in (folder, one))
+        assert found == pytest.approx(expected, rel=1e-3), role
+
+
+def losses(model: Path) -> list[float]:
+    log = json.loads((model / "log_history.json").read_text())
+    return [entry["loss"] for entry in log if "loss" in entry]
 
 
 def test_an_error_on_two_processes_is_told_once(recipe: Path) -> None:

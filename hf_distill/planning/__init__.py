@@ -162,7 +162,7 @@ def memory_bytes(text: str) -> float:
 
 def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
     """Measure a few steps of the recipe here, and say what they come to on other machines."""
-    measures = measures_of(recipe)
+    measures = measures_of(recipe, devices)
     cpu = not torch.cuda.is_available()
     possible_ways = possible(devices, recorded=recipe.record is not None, cpu=cpu)
     ways = {how: parts(measures, how, devices, cpu=cpu) for how in possible_ways}

@@ -33,7 +33,7 @@ from hf_distill.measure import PeakMemory
 from hf_distill.planning.arithmetic import Measures, extrapolated
 from hf_distill.quiet import quiet
 from hf_distill.recipe import Recipe, arguments, dump_recipe, parse_recipe
-from hf_distill.stages.inputs import training_arguments
+from hf_distill.stages.inputs import micro_batches, training_arguments
 from hf_distill.stages.models import teaches_itself, with_adapters
 from hf_distill.students import Stack, choose_layers
 from hf_distill.teachers import LiveTeacher
@@ -44,8 +44,12 @@ STEPS = 3
 OPERATIONS, SHARE = 4e12, 0.5
 
 
-def measures_of(recipe: Recipe, say: Any = print) -> Measures:
-    """What one device would see of the recipe's training, from trials on this machine."""
+def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
+    """What one of so many devices would see of the recipe's training, from trials on this machine.
+
+    raises: InputError where they cannot share a step's rows evenly, or a trial fails
+    """
+    recipe = _on_one(recipe, devices)
     student, teacher = _configs(recipe)
     whole = _Sizes(recipe, student), _Sizes(recipe, teacher, role="teacher")
     if _is_small(recipe, *whole):
@@ -64,6 +68,17 @@ def measures_of(recipe: Recipe, say: Any = print) -> Measures:
         teacher_layer=whole[1].layer,
         teacher_ends=whole[1].ends,
     )
+
+
+def _on_one(recipe: Recipe, devices: int) -> Recipe:
+    """The recipe with one device's share of a global batch in its train section."""
+    train: Any = recipe.train
+    if train.global_batch_size is None:
+        return recipe
+    share = micro_batches(train.global_batch_size, devices, train.per_device_train_batch_size)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    changed = {"global_batch_size": None, **dict(zip(names, share, strict=True))}
+    return recipe.model_copy(update={"train": train.model_copy(update=changed)})
 
 
 def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None) -> Measures:

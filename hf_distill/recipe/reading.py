@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from hf_distill.errors import InputError
-from hf_distill.recipe.keys import refuse_unknown, refuse_unknown_path
+from hf_distill.recipe.keys import keys, refuse_unknown, refuse_unknown_path
 from hf_distill.recipe.schema import Recipe
 
 
@@ -165,6 +165,9 @@ def _first(error: ValidationError, values: dict[str, Any]) -> str:
     texts = dict.fromkeys(_reason(reason) for reason in reasons)
     if reasons[0]["type"] == "value_error":  # our own sentences about a whole section
         return f"{'.'.join(path) or 'the recipe'} {next(iter(texts))}"
+    if reasons[0]["type"] == "model_type":  # a whole section
+        inside = next(key for key, _ in keys() if key.startswith(f"{'.'.join(path)}."))
+        texts = {f"a section with keys of its own, as {inside}": None}
     return f"{'.'.join(path) or 'the recipe'} is {value!r}, but must be {' or '.join(texts)}"
 
 

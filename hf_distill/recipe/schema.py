@@ -94,6 +94,24 @@ def _plain(hint: Any) -> Any:
     return functools.reduce(operator.or_, kept)
 
 
+class _Training(Section):
+    """What a train section has beside the fields of its arguments class."""
+
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Rows of an optimizer step, over all processes together: a recipe then means the same on any
+    number of them. `per_device_train_batch_size`, if given, is how many go through at a time."""
+
+    @model_validator(mode="after")
+    def _one_accumulation(self) -> _Training:
+        given: Any = self
+        if self.global_batch_size and given.gradient_accumulation_steps is not None:
+            raise ValueError(
+                "has 'global_batch_size' and 'gradient_accumulation_steps', but the second follows "
+                "from the first: leave it out"
+            )
+        return self
+
+
 def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> type[Section]:
     """A section with the fields of an arguments class; None leaves one to Trainer's default."""
     hints = get_type_hints(arguments)
@@ -109,7 +127,7 @@ def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> t
         own = None if field.name in of_trainer else field.default
         default = TRAIN_DEFAULTS.get(field.name, own)
         fields[field.name] = (hint | None, Field(default=default, description=description))
-    return create_model(name, __base__=Section, __doc__=doc, **fields)
+    return create_model(name, __base__=_Training, __doc__=doc, **fields)
 
 
 PretrainSection = _train_section(

@@ -76,7 +76,7 @@ teacher = Stage(
 )
 record = Stage(
     name="record",
-    doing="recording what the teacher says of every row",
+    doing="recording what the teacher says",
     result="recording",
     reads=_decide_recording,
     after=(prepare, teacher),

@@ -46,18 +46,40 @@ def training_arguments(
     raises: InputError for a value that is out of range or that Trainer refuses
     """
     options = dict(options)
+    rows = options.pop("global_batch_size", None)
     # bf16 without an accelerator is refused by Trainer unless the CPU is asked for by name.
     options.setdefault("use_cpu", not torch.accelerator.is_available())
     if options.get("bf16") == "auto":
         options["bf16"] = not options.get("fp16") and bf16_is_fast(cpu=options["use_cpu"])
     try:
-        return DistillationArguments(
+        args = DistillationArguments(
             str(folder), seed=recipe.seed, data_seed=recipe.seed, **options
         )
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise InputError(_first_line(error)) from error
+    if rows is not None:
+        devices = args.world_size * max(1, args.n_gpu)
+        at_a_time, steps = micro_batches(rows, devices, options.get("per_device_train_batch_size"))
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = at_a_time, steps
+    return args
+
+
+def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
+    """How a device takes its share of a step's rows: so many at a time, so many times.
+
+    most: rows that may go through at a time; by default the whole share
+    raises: InputError where the devices cannot share them evenly
+    """
+    share, left = divmod(rows, devices)
+    if left:
+        raise InputError(
+            f"global_batch_size is {rows}, which {devices} processes cannot share evenly: "
+            f"use a multiple of {devices}, or other processes"
+        )
+    at_a_time = max(n for n in range(1, min(most or share, share) + 1) if share % n == 0)
+    return at_a_time, share // at_a_time
 
 
 def bf16_is_fast(*, cpu: bool) -> bool:

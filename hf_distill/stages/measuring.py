@@ -183,6 +183,7 @@ def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
         "num_train_epochs",
         "learning_rate",
         "lr_scheduler_type",
+        "global_batch_size",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
     )

@@ -1,4 +1,4 @@
-"""Stage `record`: what the teacher says of every row, so that trainings do without it."""
+"""Stage `record`: what the teacher says of the rows, so that trainings do without it."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_distill.data import DataConfig
@@ -22,6 +24,7 @@ from hf_distill.stages.inputs import (
     check_sources,
     check_tokens,
     data_stamp,
+    micro_batches,
     model_stamp,
     tokenizer_source,
     training_arguments,
@@ -44,6 +47,19 @@ def saved(
     tiny_gpt2().save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@given(st.integers(1, 100), st.integers(1, 12), st.none() | st.integers(1, 40))
+def test_devices_share_a_global_batch(share: int, devices: int, most: int | None) -> None:
+    at_a_time, steps = micro_batches(share * devices, devices, most)
+    assert at_a_time * steps == share
+    assert at_a_time <= (most or share)
+    assert not [
+        n for n in range(at_a_time + 1, (most or share) + 1) if share % n == 0 and n <= share
+    ]
+    if devices > 1:
+        with pytest.raises(InputError, match="cannot share evenly"):
+            micro_batches(share * devices + 1, devices, most)
 
 
 OUT_OF_RANGE = {
