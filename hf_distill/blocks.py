@@ -7,6 +7,7 @@ hands over blocks small enough for the processor's cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,14 +80,14 @@ class Sampled:
     def __getitem__(self, rows: slice) -> Sampled:
         return Sampled(self.ids[rows], self.weights[rows], self.entropy[rows])
 
-    def value(self, log_q: Tensor) -> Tensor:
-        """The estimate of the forward KL, (n,); an estimate may be negative."""
-        drawn = log_q.gather(1, self.ids.clamp(min=0))
-        return -self.entropy - (self.weights * drawn).sum(-1)
+    @property
+    def slots(self) -> Tensor:
+        """The ids, with some id in the place of none."""
+        return self.ids.clamp(min=0)
 
-    def slope(self, log_q: Tensor, new: New) -> Tensor:
-        """s of `hf_distill.gradients`, (n, ids)."""
-        return new(log_q).zero_().scatter_add_(1, self.ids.clamp(min=0), -self.weights)
+    def value(self, log_q: Tensor) -> Tensor:
+        """The estimate of the forward KL, (n,), which may be negative; log_q: of the slots."""
+        return -self.entropy - (self.weights * log_q).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -122,21 +123,37 @@ def judge(
     """
     column, temperature, shared = labels[:, None], weights.temperature, weights.shared
     q = torch.softmax(logits, -1, out=new(logits))
-    values = {"ce": _cross_entropy(logits, q, column)}
+    values = {"ce": -_log_at(logits, q, column)[:, 0]}
     if teacher is None:
         gradient = torch.mul(q, weights.ce, out=q if out is None else out)
         return values, _minus_label(gradient, column, weights.ce)
     # D's derivative by z / T meets T^2 / T.
     weight = weights.divergence * temperature
-    if temperature == 1.0 and shared == logits.shape[1]:
+    alike = temperature == 1.0 and shared == logits.shape[1]
+    if isinstance(teacher, Sparse | Sampled):
+        named = partial(_named, teacher=teacher, divergence=weights.function, weight=weight)
+        if alike:
+            values["divergence"], gradient = named(logits, q, base=weights.ce, out=out)
+        else:
+            soft_logits = _shared(logits, weights, new)
+            soft = torch.softmax(soft_logits, -1, out=new(soft_logits))
+            values["divergence"], part = named(soft_logits, soft, base=0.0, out=None)
+            gradient = torch.mul(q, weights.ce, out=q if out is None else out)
+            gradient[:, :shared].add_(part)
+        return values, _minus_label(gradient, column, weights.ce)
+    if alike:
         log_q = torch.log_softmax(logits, -1, out=new(logits))
-        values["divergence"], slope = _compare(log_q, q, teacher, weights, new)
+        values["divergence"], slope = value_and_slope(
+            weights.function, log_q, q, *_soft(teacher, weights, new), new
+        )
         total = slope.sum(-1, keepdim=True)
         q.mul_(weights.ce - weight * total)
         gradient = torch.add(q, slope, alpha=weight, out=q if out is None else out)
     else:
         log_soft, soft = _soft(logits, weights, new)
-        values["divergence"], slope = _compare(log_soft, soft, teacher, weights, new)
+        values["divergence"], slope = value_and_slope(
+            weights.function, log_soft, soft, *_soft(teacher, weights, new), new
+        )
         total = slope.sum(-1, keepdim=True)
         gradient = torch.mul(q, weights.ce, out=q if out is None else out)
         gradient[:, :shared].add_(slope.sub_(soft.mul_(total)), alpha=weight)
@@ -161,7 +178,7 @@ def values_only(
         return values
     log_q = _log_soft(logits, weights, new)
     if isinstance(teacher, Sampled):
-        values["divergence"] = teacher.value(log_q)
+        values["divergence"] = teacher.value(log_q.gather(1, teacher.slots))
     elif isinstance(teacher, Sparse):
         values["divergence"] = weights.function(*outcomes(log_q, teacher))
     else:
@@ -196,28 +213,17 @@ def _shared(logits: Tensor, weights: Weights, new: New) -> Tensor:
     return torch.div(shared, weights.temperature, out=new(shared))
 
 
-def _cross_entropy(logits: Tensor, q: Tensor, column: Tensor) -> Tensor:
-    """-log q of the labels, (n,), by way of the likeliest id, whose q has not underflowed."""
-    behind = logits.amax(-1, keepdim=True) - logits.gather(1, column)
-    return (behind - q.amax(-1, keepdim=True).log())[:, 0]
+def _log_at(logits: Tensor, q: Tensor, ids: Tensor) -> Tensor:
+    """log q of a few ids, (n, ids), by way of the likeliest one, whose q has not underflowed."""
+    behind = logits.gather(1, ids) - logits.amax(-1, keepdim=True)
+    return behind + q.amax(-1, keepdim=True).log()
 
 
 def _minus_label(gradient: Tensor, column: Tensor, weight: float) -> Tensor:
     return gradient.scatter_add_(1, column, torch.full_like(column, -weight, dtype=gradient.dtype))
 
 
-def _compare(
-    log_q: Tensor, q: Tensor, teacher: Tensor | Sparse | Sampled, weights: Weights, new: New
-) -> tuple[Tensor, Tensor]:
-    """The divergence, and s of `hf_distill.gradients`, which the caller may write to."""
-    if isinstance(teacher, Sampled):
-        return teacher.value(log_q), teacher.slope(log_q, new)
-    if isinstance(teacher, Sparse):
-        return _sparse(log_q, q, teacher, weights.function, new)
-    return value_and_slope(weights.function, log_q, q, *_soft(teacher, weights, new), new)
-
-
-# ---- Sparse teachers ----
+# ---- Teachers who name a few ids ----
 
 
 def outcomes(log_q: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
@@ -227,31 +233,54 @@ def outcomes(log_q: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
     """
     _, slots = _slots(teacher)
     log_tail = log_q.scatter(1, slots, -torch.inf).logsumexp(-1, keepdim=True)
-    return _outcomes(log_q, log_tail, teacher)
+    return _outcomes(log_q.gather(1, slots), log_tail, teacher)
 
 
-def _outcomes(log_q: Tensor, log_tail: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
-    """log_tail: (n, 1), the student's, summed over the ids that are in it: one minus the named
-    probabilities would cancel."""
-    named, slots = _slots(teacher)
+def _outcomes(log_named: Tensor, log_tail: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
+    """log_named: (n, k) and log_tail: (n, 1), the student's; the tail summed over the ids that are
+    in it, as one minus the named probabilities would cancel."""
     log_p = _log_probs(teacher)
-    of_named = torch.where(named, log_q.gather(1, slots), log_p[:, :-1])
+    of_named = torch.where(teacher.ids >= 0, log_named, log_p[:, :-1])
     return torch.cat([of_named, log_tail.clamp(min=LEAST)], -1), log_p
 
 
-def _sparse(
-    log_q: Tensor, q: Tensor, teacher: Sparse, divergence: Divergence, new: New
+def _named(
+    logits: Tensor,
+    q: Tensor,
+    *,
+    teacher: Sparse | Sampled,
+    divergence: Divergence,
+    base: float,
+    weight: float,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over these outcomes, and s: what the tail has is shared out as q is there."""
+    """The divergence from a teacher who names a few ids, and base * q + weight * its gradient.
+
+    s of `hf_distill.gradients` is a number of its own for each named id, and in proportion to q
+    for all others, so that the gradient is a multiple of q but for the named ids.
+
+    logits: (n, ids); q: their softmax, which is written over
+    out: where to put the gradient by the logits, by default in q
+    """
+    out = q if out is None else out
+    if isinstance(teacher, Sampled):
+        value = teacher.value(_log_at(logits, q, teacher.slots))
+        drawn = weight * teacher.weights
+        torch.mul(q, base + drawn.sum(-1, keepdim=True), out=out)
+        return value, out.scatter_add_(1, teacher.slots, -drawn)
     named, slots = _slots(teacher)
-    # Sums of probabilities: a third of logsumexp's time, and what underflows is below LEAST anyway.
-    rest = new(q).copy_(q).scatter_(1, slots, 0.0)
-    ours, theirs = _outcomes(log_q, rest.sum(-1, keepdim=True).log_(), teacher)
+    log_named, q_named = _log_at(logits, q, slots), q.gather(1, slots)
+    # A sum of probabilities: a third of logsumexp's time; what underflows is below LEAST anyway.
+    q_tail = q.scatter_(1, slots, 0.0).sum(-1, keepdim=True)
+    ours, theirs = _outcomes(log_named, q_tail.log(), teacher)
     value, slope = value_and_slope(divergence, ours, ours.exp(), theirs, theirs.exp())
-    of_tail = slope[:, -1:] / ours[:, -1:].exp()
+    slope, of_tail = slope[:, :-1], slope[:, -1:] / ours[:, -1:].exp()
+    total = slope.masked_fill(~named, 0.0).sum(-1, keepdim=True) + q_tail * of_tail
+    own = q_named * (base - weight * total) + weight * slope
     # An unused slot repeats the first id, and so writes the first id's value once more.
-    of_named = torch.where(named, slope[:, :-1], slope[:, :1])
-    return value, torch.mul(q, of_tail, out=rest).scatter_(1, slots, of_named)
+    own = torch.where(named, own, own[:, :1])
+    torch.mul(q, base - weight * total + weight * of_tail, out=out)
+    return value, out.scatter_(1, slots, own)
 
 
 def _slots(teacher: Sparse) -> tuple[Tensor, Tensor]:

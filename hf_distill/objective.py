@@ -83,7 +83,7 @@ class Objective:
         if signal is not None:
             log_q = F.log_softmax(logits[:, :shared].float() / temperature, dim=-1)
             if isinstance(signal, Sampled):
-                per_target[self.name] = signal.value(log_q)
+                per_target[self.name] = signal.value(log_q.gather(1, signal.slots))
             elif isinstance(signal, Sparse):
                 per_target[self.name] = self.divergence(*outcomes(log_q, signal))
             else:
