@@ -117,8 +117,8 @@ def record(
             hours = told.seconds / 3600
             cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
             this_run.say(
-                f"record: {told.rows:,} training rows with {told.targets:,} targets: "
-                f"{told.bytes / 2**20:,.1f} MB at {told.bytes_per_target:.1f} bytes a target, "
+                f"record: {told.rows:,} training rows with about {told.targets:,} targets: "
+                f"{told.bytes / 1e6:,.1f} MB at {told.bytes_per_target:.1f} bytes a target, "
                 f"{hours:.2f} hours ({told.seconds:,.0f} s) at "
                 f"{told.targets_per_second:,.0f} targets/s{cost}"
             )

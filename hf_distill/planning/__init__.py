@@ -113,7 +113,10 @@ class Plan:
             "such devices, if none waits for another"
         ]
         if self.hours is None:
-            told.append("time: not known before the rows are: run `prepare`, or set max_steps")
+            told.append(
+                "time: not known before the rows are prepared: `hf-distill run` begins with it; or "
+                "set max_steps"
+            )
         else:
             again = ", and at most as long again for the baseline" if self.baseline else ""
             told.append(f"time: {self.steps:,} steps in {self.hours:,.2f} hours{again}")

@@ -68,6 +68,13 @@ RESERVED = {
     "local_rank": "`accelerate launch` sets it",
 }
 
+# What Trainer takes any number for, and fails at later.
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
 # How a training inside a recipe differs from a bare Trainer. Steps below 1 are shares of the run.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
@@ -102,13 +109,13 @@ class _Training(Section):
     number of them. `per_device_train_batch_size`, if given, is how many go through at a time."""
 
     @model_validator(mode="after")
-    def _one_accumulation(self) -> _Training:
-        given: Any = self
-        if self.global_batch_size and given.gradient_accumulation_steps is not None:
-            raise ValueError(
-                "has 'global_batch_size' and 'gradient_accumulation_steps', but the second follows "
-                "from the first: leave it out"
-            )
+    def _one_batch_size(self) -> _Training:
+        for name in ("gradient_accumulation_steps", "auto_find_batch_size"):
+            if self.global_batch_size is not None and getattr(self, name):
+                raise ValueError(
+                    f"has 'global_batch_size' and {name!r}, but the first alone decides how many "
+                    "rows a step takes: leave the second out"
+                )
         return self
 
 
@@ -126,7 +133,11 @@ def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> t
         description = (field.metadata.get("help") or "").split("\n")[0]
         own = None if field.name in of_trainer else field.default
         default = TRAIN_DEFAULTS.get(field.name, own)
-        fields[field.name] = (hint | None, Field(default=default, description=description))
+        least = 1 if field.name in COUNTS else None
+        fields[field.name] = (
+            hint | None,
+            Field(default=default, description=description, ge=least),
+        )
     return create_model(name, __base__=_Training, __doc__=doc, **fields)
 
 

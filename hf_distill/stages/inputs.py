@@ -76,7 +76,7 @@ def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
     if left:
         raise InputError(
             f"global_batch_size is {rows}, which {devices} processes cannot share evenly: "
-            f"use a multiple of {devices}, or other processes"
+            f"use a multiple of {devices}, or another number of processes"
         )
     at_a_time = max(n for n in range(1, min(most or share, share) + 1) if share % n == 0)
     return at_a_time, share // at_a_time

@@ -13,6 +13,7 @@ from datasets import Dataset
 from hf_distill.data import collator
 from hf_distill.engines import plain_accelerator
 from hf_distill.errors import InputError
+from hf_distill.measure import MB
 from hf_distill.recipe import Recipe, arguments
 from hf_distill.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recorder.scribe import RecordingSettings
@@ -56,7 +57,7 @@ def record_teacher(run: Run, result: Path) -> None:
     run.from_main(lambda: _move(result))
     told = load_recording(result / "train")
     size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
-    run.say(f"  {len(told):,} rows, {size / 2**20:,.0f} MB on disk, tokens included")
+    run.say(f"  {len(told):,} rows, {size / MB:,.0f} MB on disk, tokens included")
     accelerator.free_memory()
     del teacher
     gc.collect()
