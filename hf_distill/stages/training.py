@@ -101,10 +101,10 @@ def _train(
         trainer.add_callback(Bar)
     # ZeRO-3 keeps an empty tensor in a parameter's place, and its size beside it.
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    times = args.gradient_accumulation_steps, args.world_size
-    rows_a_step = args.train_batch_size * times[0] * times[1]
-    split = f" ({args.train_batch_size} at a time, {times[0]} times)" if times[0] > 1 else ""
-    split += f" on {times[1]} processes" if times[1] > 1 else ""
+    accumulated, processes = args.gradient_accumulation_steps, args.world_size
+    rows_a_step = args.train_batch_size * accumulated * processes
+    split = f" ({args.train_batch_size} at a time, {accumulated} times)" if accumulated > 1 else ""
+    split += f" on {processes} processes" if processes > 1 else ""
     run.say(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step{split}")
     resume = last_complete_checkpoint(checkpoints)
     if resume:
