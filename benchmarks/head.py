@@ -23,8 +23,8 @@ from common import FLOORS, Missing, answer, four_products, in_turn, parser, show
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_distill.divergences import named_divergence
-from hf_distill.head import Head, Hidden, Weights, fused_loss
+from hf_distill.losses.divergences import named_divergence
+from hf_distill.losses.fused_head import Head, Hidden, Weights, fused_loss
 
 VARIANTS = ["floor", "floor_sliced", "plain", "liger", "trl", "ours"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}

@@ -46,11 +46,11 @@ from hf_distill import (
     load_recording,
     record,
 )
-from hf_distill.blocks import Sampled, Sparse, Weights, judge
 from hf_distill.data import Collator
-from hf_distill.recording import codec
-from hf_distill.recording.capture import sampled, top_k_
-from hf_distill.recording.collate import _with_label
+from hf_distill.losses.kernels.torch import Sampled, Sparse, Weights, judge
+from hf_distill.recordings import codec
+from hf_distill.recordings.collator import _with_label
+from hf_distill.recordings.extract import sampled, top_k_
 
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},

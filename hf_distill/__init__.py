@@ -6,29 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_distill.arguments import DistillationArguments
     from hf_distill.errors import InputError
-    from hf_distill.evaluation import evaluate_student
-    from hf_distill.objective import Term
-    from hf_distill.recorder import load_recording, record
-    from hf_distill.students import student_from_teacher
+    from hf_distill.evaluation.evaluate import evaluate_student
+    from hf_distill.losses.objective import Term
+    from hf_distill.models.from_teacher import student_from_teacher
+    from hf_distill.recordings.recorder import load_recording, record
     from hf_distill.teachers import AdapterTeacher
-    from hf_distill.trainer import DistillationTrainer
+    from hf_distill.training.arguments import DistillationArguments
+    from hf_distill.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Imported when first asked for, so that `hf-distill --help` does not
 # wait for torch, transformers and peft.
-_ROOMS = {
+_PACKAGES = {
     "AdapterTeacher": "teachers",
-    "DistillationArguments": "arguments",
-    "DistillationTrainer": "trainer",
+    "DistillationArguments": "training",
+    "DistillationTrainer": "training",
     "InputError": "errors",
-    "Term": "objective",
+    "Term": "losses",
     "evaluate_student": "evaluation",
-    "load_recording": "recorder",
-    "record": "recorder",
-    "student_from_teacher": "students",
+    "load_recording": "recordings",
+    "record": "recordings",
+    "student_from_teacher": "models",
 }
 
 __all__ = [
@@ -45,9 +45,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)
 
 
 def __dir__() -> list[str]:

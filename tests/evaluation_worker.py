@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from distributed import leave
 from evaluation_setup import ROWS, collate, pair, tokenizer
 
-from hf_distill import measure
 from hf_distill.errors import InputError
-from hf_distill.evaluation import evaluate_student
+from hf_distill.evaluation import performance as measure
+from hf_distill.evaluation.evaluate import evaluate_student
 
 
 def diverged() -> None:

@@ -6,8 +6,8 @@ batches of tensors.
 
 from hf_distill.data.collate import Collator, collator
 from hf_distill.data.config import CleanConfig, DataConfig
+from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
-from hf_distill.data.table import PreparationTable, Step
 from hf_distill.data.tokenize import tokenize_rows
 
 __all__ = [

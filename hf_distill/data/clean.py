@@ -10,7 +10,7 @@ import ftfy
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from hf_distill.data import sketch
+from hf_distill.data import hashing
 from hf_distill.data.config import CleanConfig, Format
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
@@ -47,7 +47,7 @@ _NOTES = {
     "_learnt": Value("uint64"),
     "_repaired": Value("bool"),
     "_stripped": Value("bool"),
-    "_signature": List(Value("uint32"), length=sketch.PERMUTATIONS),
+    "_signature": List(Value("uint32"), length=hashing.PERMUTATIONS),
 }
 
 Row = Mapping[str, Any]
@@ -132,15 +132,15 @@ def _examine_row(row: Row, name: Format, clean: CleanConfig) -> dict[str, Any]:
     else:
         fixed = {column: repair(value) for column, value in row.items()}
     text = row_text(fixed, name)
-    words = sketch.word_hashes(text)
+    words = hashing.word_hashes(text)
     untaught = name != "text" and not learnt_text(fixed, name).strip()
     reason = UNTAUGHT if untaught and text.strip() else _reason(text, words, clean)
-    identity = sketch.text_hash(text if name == "text" else repr(list(fixed.values())))
+    identity = hashing.text_hash(text if name == "text" else repr(list(fixed.values())))
     compared = clean.near_duplicates is not None or clean.eval_overlap is not None
     signature = (
-        sketch.signature(words, identity)
+        hashing.signature(words, identity)
         if compared and not reason
-        else np.zeros(sketch.PERMUTATIONS, dtype=np.uint32)
+        else np.zeros(hashing.PERMUTATIONS, dtype=np.uint32)
     )
     notes = {
         "_reason": REASONS.index(reason),
@@ -155,7 +155,7 @@ def _examine_row(row: Row, name: Format, clean: CleanConfig) -> dict[str, Any]:
 
 
 def _learnt(row: Row, name: Format) -> int:
-    return sketch.text_hash(" ".join(learnt_text(row, name).lower().split()))
+    return hashing.text_hash(" ".join(learnt_text(row, name).lower().split()))
 
 
 def _repair(text: str, clean: CleanConfig, note: Callable[[str], None]) -> str:
@@ -174,7 +174,7 @@ def _repair(text: str, clean: CleanConfig, note: Callable[[str], None]) -> str:
     return text
 
 
-def _reason(text: str, words: sketch.Hashes, clean: CleanConfig) -> str:
+def _reason(text: str, words: hashing.Hashes, clean: CleanConfig) -> str:
     if not text.strip():
         return BLANK
     if len(text) < clean.min_characters:
@@ -183,7 +183,7 @@ def _reason(text: str, words: sketch.Hashes, clean: CleanConfig) -> str:
         return LONG
     if clean.max_repeated_lines is not None and _repeated_lines(text) > clean.max_repeated_lines:
         return LINES
-    if clean.max_top_ngram is not None and sketch.top_ngram_share(words) > clean.max_top_ngram:
+    if clean.max_top_ngram is not None and hashing.top_ngram_share(words) > clean.max_top_ngram:
         return NGRAMS
     return ""
 

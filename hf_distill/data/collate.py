@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.targets import IGNORE
+from hf_distill.losses.targets import IGNORE
 
 
 @dataclass(frozen=True)

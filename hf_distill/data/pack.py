@@ -17,8 +17,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from hf_distill.data.table import Step
-from hf_distill.targets import IGNORE
+from hf_distill.data.preparation_table import Step
+from hf_distill.losses.targets import IGNORE
 
 _OPEN_BLOCKS = 64
 

@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict
 from hf_distill.data.clean import CHANGES, REASONS, examine
 from hf_distill.data.collect import COLUMNS, collect
 from hf_distill.data.config import DataConfig, Format
-from hf_distill.data.dedup import (
+from hf_distill.data.decontaminate import contained
+from hf_distill.data.deduplicate import (
     Indices,
     Mask,
     Signatures,
@@ -21,10 +22,9 @@ from hf_distill.data.dedup import (
     near_repeated,
     repeated,
 )
-from hf_distill.data.overlap import contained
-from hf_distill.data.sketch import Hashes, mix
+from hf_distill.data.hashing import Hashes, mix
+from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.sources import hub_id
-from hf_distill.data.table import PreparationTable, Step
 from hf_distill.errors import InputError
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data.clean import iterate
 from hf_distill.data.collect import COLUMNS
 from hf_distill.data.config import DataConfig, Format
-from hf_distill.data.dedup import column
+from hf_distill.data.deduplicate import column
 from hf_distill.data.pack import pack
-from hf_distill.data.table import PreparationTable, Step
+from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.errors import InputError
-from hf_distill.targets import IGNORE
+from hf_distill.losses.targets import IGNORE
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 _UNLIMITED = 10**9  # tokenizers without a limit report an astronomic one

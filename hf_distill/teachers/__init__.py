@@ -10,25 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
 from hf_distill.teachers.adapter import AdapterTeacher
-from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.live import LiveTeacher
 from hf_distill.teachers.placement import check_placement, load_placed
-from hf_distill.teachers.recorded import (
-    check_recording,
-    first_header,
-    recorded_signal,
-    without_recording,
-)
+from hf_distill.teachers.protocol import Teacher
 
 __all__ = [
     "AdapterTeacher",
     "LiveTeacher",
     "Teacher",
     "as_teacher",
-    "check_recording",
-    "first_header",
-    "recorded_signal",
-    "without_recording",
 ]
 
 

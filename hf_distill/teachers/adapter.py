@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.head import Signal
+from hf_distill.losses.fused_head import Signal
 from hf_distill.teachers.live import LiveTeacher
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import warn_once
-from hf_distill.head import Head, Hidden, Logits, Signal, product_dtype
-from hf_distill.pretrained import local_tokenizer
-from hf_distill.stand_in import StandIn, UnusualHead
+from hf_distill.losses.fused_head import Head, Hidden, Logits, Signal, product_dtype
+from hf_distill.models.loading import local_tokenizer
+from hf_distill.models.output_head import StandIn, UnusualHead
+from hf_distill.models.vocabulary import embedding_rows, head_rows, known_ids
 from hf_distill.teachers.placement import check_placement, place
-from hf_distill.vocabulary import embedding_rows, head_rows, known_ids
 
 ALL_AT_ONCE = "The teacher makes all of its logits at once, since %s."
 

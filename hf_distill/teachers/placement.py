@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_distill.engines import made_whole
 from hf_distill.errors import InputError
-from hf_distill.pretrained import load_model
+from hf_distill.models.engines import made_whole
+from hf_distill.models.loading import load_model
 
 PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
 # Whole on every device up to this share of it: gathering costs time at every step.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_distill.data import Collator, collator
 from hf_distill.errors import InputError
-from hf_distill.targets import IGNORE, target_mask
+from hf_distill.losses.targets import IGNORE, target_mask
 
 ROWS = st.lists(st.lists(st.integers(2, 299), min_size=1, max_size=9), min_size=1, max_size=5)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_distill.data import collator
 from hf_distill.data.pack import Block, Fitter, Splitter, join, pack
-from hf_distill.targets import IGNORE, count, target_mask
+from hf_distill.losses.targets import IGNORE, count, target_mask
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=300)
 MAX_LENGTH = 12

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_distill.data import DataConfig, PreparationTable, tokenize_rows
 from hf_distill.data.tokenize import annotate
 from hf_distill.errors import InputError
-from hf_distill.targets import IGNORE
+from hf_distill.losses.targets import IGNORE
 
 EOS = 0
 CHATML = (

@@ -1,0 +1,296 @@
+"""The command line: `hf-distill run | record | plan | evaluate | report | publish`."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from tqdm import tqdm
+
+from hf_distill import __version__
+from hf_distill.cli.console import quiet
+from hf_distill.errors import InputError
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder, as runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.alpha=0.9."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+app = typer.Typer(
+    help="Make a small language model from a large one, and see what was gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda wanted: _print_version(wanted),
+            is_eager=True,
+            help="Show the version.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(short_help="Run a recipe, from raw text to the report.")
+def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Run a recipe: prepare, teacher, record, student, baseline, train, evaluate, report.
+
+    Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
+    whole checkpoint. All results are in the run folder, output_dir/name.
+
+    \b
+    hf-distill run recipes/quickstart.yaml
+    hf-distill run recipes/quickstart.yaml --set name=lora --set student.lora.r=8
+    hf-distill run recipes/gpt2.yaml --set train.max_steps=100 --set "data.train=my/*.txt"
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml recipes/distill.py RECIPE
+    """
+    with guarded(debug):
+        from hf_distill.recipes import load_recipe
+        from hf_distill.recipes.stages import STAGES, open_run
+
+        with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+            for stage in STAGES:
+                stage(this_run)
+
+
+@app.command(short_help="Record a teacher over a recipe's rows, and train nothing.")
+def record(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Time a sample, tell size and hours for all training rows; record nothing.",
+        ),
+    ] = False,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", min=0, help="With --estimate: what an hour of this machine costs."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Record a teacher over a recipe's rows: stages prepare, teacher and record.
+
+    `hf-distill run` with the same recipe then trains from the recording. Needs a `record` section,
+    if only `--set record.k=64`. An interrupted recording goes on from its last finished shard.
+
+    \b
+    hf-distill record recipes/quickstart_recorded.yaml --estimate --price 2.5
+    hf-distill record recipes/quickstart_recorded.yaml
+    """
+    with guarded(debug):
+        from hf_distill.recipes import load_recipe, stages
+        from hf_distill.recipes.stages.recording import check_records, estimate_recording
+
+        given = load_recipe(recipe, set_ or ())
+        check_records(given)
+        with stages.open_run(given, recipe) as this_run:
+            stages.prepare(this_run)
+            stages.teacher(this_run)
+            if not estimate:
+                stages.record(this_run)
+                return
+            told = estimate_recording(this_run)
+            hours = told.seconds / 3600
+            cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
+            this_run.say(
+                f"record: {told.rows:,} training rows with about {told.targets:,} targets: "
+                f"{told.bytes / 1e6:,.1f} MB at {told.bytes_per_target:.1f} bytes a target, "
+                f"{hours:.2f} hours ({told.seconds:,.0f} s) at "
+                f"{told.targets_per_second:,.0f} targets/s{cost}"
+            )
+
+
+@app.command(short_help="Tell what a recipe takes: memory, hours, disk.")
+def plan(
+    recipe: RecipeFile,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, help="How many devices (GPUs, or CPU processes).")
+    ] = 1,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Of each device, as 80GB; by default this machine's.")
+    ] = "",
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Tell what a recipe takes on each device, by part, and the first way to run that fits.
+
+    A few real steps are measured here, with random weights and tokens (of models with one and two
+    layers, where the whole ones are too large for this machine), and set out for each engine.
+    Nothing is downloaded but configs, and nothing is written.
+
+    \b
+    hf-distill plan recipes/quickstart.yaml --devices 2 --memory 4GB
+    hf-distill plan recipes/gpt2.yaml --devices 8 --memory 80GB
+    """
+    # One device is measured; with several in sight, Trainer would put a model on each.
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
+    with guarded(debug):
+        import torch
+        from rich.console import Console
+
+        from hf_distill.recipes import load_recipe
+        from hf_distill.recipes.planning import make_plan, memory_bytes
+        from hf_distill.recipes.stages.inputs import check_arguments
+        from hf_distill.teachers.placement import device_memory
+
+        given = load_recipe(recipe, set_ or ())
+        check_arguments(given)
+        # A CPU's memory is shared by its processes.
+        alike = 1 if torch.cuda.is_available() else devices
+        room = memory_bytes(memory) if memory else device_memory() / alike
+        found = make_plan(given, devices, room)
+        Console(width=None if sys.stdout.isatty() else 120).print(found.table())
+        for line in found.lines(str(recipe), set_ or ()):
+            typer.echo(line)
+        if found.recommended is None:
+            raise InputError(found.advice)
+
+
+@app.command(short_help="Measure the models of a finished run again.")
+def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Measure the models of a finished run again, and write its report again.
+
+    For another machine, or other settings of the recipe's `evaluate` section. Nothing is trained:
+    a run whose models are not up to date is refused.
+
+    \b
+    hf-distill evaluate recipes/quickstart.yaml --set evaluate.prompts=8
+    """
+    with guarded(debug):
+        from hf_distill.recipes import load_recipe
+        from hf_distill.recipes.stages import measure_again, open_run
+
+        with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+            measure_again(this_run)
+
+
+@app.command(short_help="Write the report of a run folder again.")
+def report(folder: Folder, debug: Debug = False) -> None:
+    """Write the report.html of a run folder again, from the files in it.
+
+    \b
+    hf-distill report runs/quickstart
+    """
+    with guarded(debug):
+        from hf_distill.reporting.report import write_report
+
+        typer.echo(write_report(folder))
+
+
+@app.command(short_help="Push a student and its card to the Hub.")
+def publish(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A run folder, or the folder of a saved student."),
+    ],
+    repo_id: Annotated[
+        str | None, typer.Argument(help="owner/name on the Hub; by default the recipe's.")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; by default the recipe's."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Push a run's student to the Hub: weights, tokenizer, card, and nothing pickled.
+
+    \b
+    hf-distill publish runs/quickstart my-name/tiny-python --public
+    """
+    with guarded(debug):
+        from hf_distill.recipes.schema import PublishSection
+        from hf_distill.recipes.stages.run_folder import recipe_of
+        from hf_distill.reporting.publishing import publish as push
+
+        of_a_run = not (folder / "config.json").exists() and (folder / "student").is_dir()
+        section = recipe_of(folder).publish if of_a_run else PublishSection()
+        target = repo_id or section.repo_id
+        if target is None:
+            raise InputError(
+                "where to publish is not said: give owner/name after the folder, or set "
+                "publish.repo_id in the recipe"
+            )
+        hidden = section.private if private is None else private
+        typer.echo(push(folder / "student" if of_a_run else folder, target, private=hidden))
+
+
+@contextmanager
+def guarded(debug: bool = False) -> Iterator[None]:
+    """Errors as one line: exit code 2 for what the user can mend, 1 for what we should."""
+    quiet()
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, Exception) as error:
+        if debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        _fail(error)
+    # Left open, DeepSpeed on the CPU aborts at exit; so do gloo's threads, now and then, and what
+    # holds them (DDP wrappers, in reference cycles) has to go first.
+    import torch
+
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Say it once and leave. Of several processes that fail alike, the first one speaks."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # The launcher ends this process as soon as the first one has ended with the same error.
+        time.sleep(5)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the message begins a line
+    where = f" (process {rank})" if rank else ""
+    message, code = _described(error)
+    typer.echo(f"error{where}: {message}", err=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # No clean-up: what waits for the other processes would wait for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+def _described(error: BaseException) -> tuple[str, int]:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text, 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from here", 130
+    return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 1
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-distill {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of `hf-distill`."""
+    app(prog_name="hf-distill")

@@ -1,0 +1,118 @@
+"""What each row contributes to the metrics, as sums and counts over its targets.
+
+Rows are the unit because they survive everything that happens to a batch: whatever the batch size,
+the padding or the number of processes, the same rows give the same sums, and a row that was
+repeated to even out the last batch can be dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.losses.divergences import forward_kl
+from hf_distill.losses.objective import sum_by_row
+from hf_distill.losses.targets import IGNORE
+
+BINS = 15
+"""Equal-width bins of confidence for the calibration error. Source: arXiv:1706.04599."""
+
+CHUNK_ELEMENTS = 2**22
+"""Logits looked at together, so that no float32 copy of a whole batch is ever made."""
+
+
+@torch.no_grad()
+def row_sums(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
+) -> dict[str, Tensor]:
+    """Sums over each row's targets of what the metrics are made of.
+
+    student, teacher: (targets, vocabulary) logits of all targets, row after row, in any floating
+        dtype; the vocabularies may differ in size; without a teacher `kl` and `agreed` are left out
+    labels: (rows, positions) int64, already shifted, `IGNORE` where nothing is predicted
+    shared: the first so many ids mean the same to both, and carry KL and agreement
+    returns: (rows,) `nll` and `kl` in nats, float64; `targets` and `agreed` counts, int64; and
+        (rows, BINS), by the student's top-1 confidence, `bin_count` and `bin_correct` counts and
+        the sum `bin_confidence`
+    raises: InputError for a label beyond the student's head, or a `shared` beyond either head
+    """
+    _check(student, teacher, labels, shared)
+    mask = labels != IGNORE
+    rows, row_of = len(labels), mask.nonzero()[:, 0]
+    sums: dict[str, Tensor] = {}
+    # Without any target there is still one chunk, an empty one.
+    chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
+    columns = (student, student if teacher is None else teacher, labels[mask], row_of)
+    for ours, theirs, label, row in zip(*(c.split(chunk) for c in columns), strict=True):
+        # The same object stays the same, so that a model agrees with itself exactly.
+        other = None if teacher is None else ours if teacher is student else theirs
+        values, bins = _judge(ours, other, label, shared)
+        found = {name: sum_by_row(value, row, rows) for name, value in values.items()}
+        for name in ("count", "confidence", "correct"):
+            binned = sum_by_row(values[name], row * BINS + bins, rows * BINS)
+            found[f"bin_{name}"] = binned.view(rows, BINS)
+            del found[name]
+        sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+    for name in ("agreed", "bin_count", "bin_correct"):
+        if name in sums:
+            sums[name] = sums[name].long()
+    return sums | {"targets": mask.sum(-1)}
+
+
+def _judge(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Values of some targets, (targets,) float32 each, and the bin of each one's confidence."""
+    log_student = _log_softmax(student)
+    log_confidence, predicted = log_student.max(dim=-1)
+    confidence = log_confidence.exp()
+    values = {
+        "nll": -log_student.gather(-1, labels[:, None])[:, 0],
+        "count": torch.ones_like(confidence),
+        "confidence": confidence,
+        "correct": (predicted == labels).float(),
+    }
+    if teacher is not None:
+        ours, theirs = student[:, :shared], teacher[:, :shared]
+        log_ours = log_student if shared == student.shape[-1] else _log_softmax(ours)
+        log_theirs = log_ours if teacher is student else _log_softmax(theirs)
+        values["kl"] = forward_kl(log_ours, log_theirs)
+        values["agreed"] = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    # Bin b holds (b / BINS, (b + 1) / BINS]. A NaN goes anywhere: the sums tell of it.
+    bins = (confidence.nan_to_num(1.0) * BINS).ceil().long().clamp(1, BINS) - 1
+    return values, bins
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def _check(student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int) -> None:
+    smaller = min(student.shape[-1], student.shape[-1] if teacher is None else teacher.shape[-1])
+    if not 0 < shared <= smaller:
+        raise InputError(
+            f"the shared vocabulary is {shared} ids, but must be between 1 and {smaller}, the "
+            "smaller of the two heads"
+        )
+    largest = int(labels.max()) if labels.numel() else 0
+    if largest >= student.shape[-1]:
+        raise InputError(
+            f"a label is the token id {largest}, but the model predicts only "
+            f"{student.shape[-1]} ids: use the tokenizer that it was made for"
+        )
+
+
+def text_bytes(labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """UTF-8 bytes of the text that each row's targets spell, special tokens left out.
+
+    labels: (rows, positions) int64, `IGNORE` where nothing is predicted; returns: (rows,) int64
+    """
+    ids = [row[row != IGNORE].tolist() for row in labels]
+    # Without the "clean-up", which would remove spaces that are in the text.
+    texts = tokenizer.batch_decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return torch.tensor([len(text.encode()) for text in texts], device=labels.device)

@@ -1,0 +1,156 @@
+"""The objective: cross-entropy and divergence as sums that the trainer divides.
+
+For the N targets t of one optimizer step, over all its micro-batches and processes,
+
+    L = 1/N * sum_t [ (1 - alpha) * CE_t + alpha * T^2 * D(p_t^T, q_t^T) ]  +  sum_k w_k * F_k / M_k
+
+with p the teacher, q the student, and x^T = softmax(logits / T) in float32. This module makes the
+sums of one micro-batch. The trainer divides them by counts of the whole step, which makes the
+gradient independent of how a batch is split.
+
+With weights for each target, a_t and b_t, the bracket becomes
+N/N_a * (1 - alpha) * a_t * CE_t + N/N_b * alpha * T^2 * b_t * D_t, where N_a and N_b count the
+targets whose weight is not zero. With weights that are nowhere zero, N_a = N_b = N.
+
+Source: Hinton et al., arXiv:1503.02531, for the T^2 that keeps the gradient's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.losses.divergences import Divergence
+from hf_distill.losses.fused_head import fused_loss
+from hf_distill.losses.kernels.torch import outcomes
+from hf_distill.losses.signals import Hidden, Logits, Sampled, Signal, TopK
+from hf_distill.losses.targets import Targets, accumulator
+from hf_distill.losses.weights import Weights, weighted_sum
+
+
+@dataclass(frozen=True)
+class ObjectiveValue:
+    """The objective over the targets of one micro-batch.
+
+    loss: 0-dim, the sum over targets times the scale; carries the gradient
+    per_target: (targets,) each, without gradient and unweighted, for logs and evaluation
+    """
+
+    loss: Tensor
+    per_target: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """An additional term w * F / M of the objective.
+
+    row_sums: (rows,), what each row contributes to F; rows, so that evaluation can drop duplicates
+    denominator: the count M that makes it a mean: "targets", "attended" or "rows"
+    """
+
+    row_sums: Tensor
+    denominator: str = "targets"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weights of cross-entropy and divergence, and the divergence itself.
+
+    name: the divergence's name in logs
+    shared_vocabulary: the first so many ids mean the same to student and teacher. The divergence
+        runs over them; the cross-entropy runs over all of the student's ids, since the logits of
+        ids without a token would otherwise stay free and generation would draw them
+    head_memory_mb: memory for logits in the fused head, see `losses.fused_head.default_memory`
+    """
+
+    alpha: float
+    temperature: float
+    divergence: Divergence
+    name: str
+    shared_vocabulary: int
+    head_memory_mb: float | None = None
+
+    def __call__(
+        self,
+        student: Hidden | Logits,
+        targets: Targets,
+        teacher: Signal | None,
+        counts: Mapping[str, Tensor],
+        scale: Tensor,
+    ) -> ObjectiveValue:
+        """Evaluate the objective at the targets, times `scale`.
+
+        student: its logits (the plain path), or the inputs of its output head (the fused head)
+        teacher: its signal at the same targets; None where only the cross-entropy is wanted
+        counts: 0-dim each, the step's "targets", "ce_targets" and "divergence_targets"
+        scale: 0-dim, one over the step's "targets", times the number of processes
+        Where gradients are off, `teacher_ce` (over all of the teacher's ids) and `top1_agreement`
+        (1 where both have the same most likely token, else 0) are among the values.
+        """
+        weights = self.weights(targets, counts)
+        if isinstance(student, Hidden):
+            memory = self.head_memory_mb
+            loss, values = fused_loss(
+                student.states, student.head, targets.labels, teacher, weights,
+                scale=scale, memory_mb=memory,
+            )  # fmt: skip
+        else:
+            loss, values = plain_loss(student.logits, targets.labels, teacher, weights)
+            loss = loss * scale
+        named = {self.name if k == "divergence" else k: v for k, v in values.items()}
+        return ObjectiveValue(loss, named)
+
+    def weights(self, targets: Targets, counts: Mapping[str, Tensor]) -> Weights:
+        """The weights of these targets: numbers where the batch gives none, else tensors."""
+        ce = _weight(1 - self.alpha, targets.ce_weight, counts, "ce_targets")
+        divergence = _weight(
+            self.alpha, targets.divergence_weight, counts, "divergence_targets"
+        )
+        return Weights(
+            ce, divergence, self.temperature, self.divergence, self.shared_vocabulary
+        )
+
+
+def plain_loss(
+    logits: Tensor, labels: Tensor, teacher: Signal | None, weights: Weights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted loss and its values from whole logits: the readable reference.
+
+    logits: (targets, student's ids); labels: (targets,)
+    returns: as `losses.fused_head.fused_loss`, with a scale of 1
+    """
+    shared, temperature, dtype = weights.shared, weights.temperature, accumulator(logits)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    values = {"ce": F.cross_entropy(wide, labels, reduction="none")}
+    loss = weighted_sum(values["ce"], weights.ce, dtype)
+    if teacher is not None:
+        log_q = F.log_softmax(wide[:, :shared] / temperature, dim=-1)
+        if isinstance(teacher, Sampled):
+            values["divergence"] = teacher.value(log_q.gather(1, teacher.slots))
+        elif isinstance(teacher, TopK):
+            values["divergence"] = weights.function(*outcomes(log_q, teacher))
+        else:
+            theirs = teacher.logits.to(wide.dtype)
+            log_p = F.log_softmax(theirs[:, :shared] / temperature, dim=-1)
+            values["divergence"] = weights.function(log_q, log_p)
+            if not torch.is_grad_enabled():
+                values["teacher_ce"] = F.cross_entropy(theirs, labels, reduction="none")
+                same = wide[:, :shared].argmax(-1) == theirs[:, :shared].argmax(-1)
+                values["top1_agreement"] = same.float()
+        divergence = weighted_sum(values["divergence"], weights.divergence, dtype)
+        loss = loss + temperature**2 * divergence
+    return loss, {name: value.detach() for name, value in values.items()}
+
+
+def _weight(
+    factor: float, weight: Tensor | None, counts: Mapping[str, Tensor], denominator: str
+) -> float | Tensor:
+    if weight is None:
+        return factor
+    ratio = counts["targets"].to(accumulator(weight)) / counts[denominator]
+    return (factor * ratio * weight)[:, None]

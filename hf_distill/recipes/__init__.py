@@ -1,0 +1,25 @@
+"""Recipes: one YAML file, read into typed objects."""
+
+from hf_distill.recipes.keys import keys
+from hf_distill.recipes.reading import dump_recipe, load_recipe, parse_recipe
+from hf_distill.recipes.schema import (
+    PretrainSection,
+    Recipe,
+    StudentSection,
+    TeacherSection,
+    TrainSection,
+    arguments,
+)
+
+__all__ = [
+    "PretrainSection",
+    "Recipe",
+    "StudentSection",
+    "TeacherSection",
+    "TrainSection",
+    "arguments",
+    "dump_recipe",
+    "keys",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,316 @@
+"""A few real steps of a recipe's training with random weights and random tokens, measured.
+
+In a process of its own, so that its memory is that of a training and of nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
+
+from hf_distill.cli.console import quiet
+from hf_distill.errors import InputError
+from hf_distill.evaluation.performance import PeakMemory
+from hf_distill.losses.fused_head import Head, default_memory
+from hf_distill.models.from_teacher import Stack, choose_layers
+from hf_distill.recipes import Recipe, arguments, dump_recipe, parse_recipe
+from hf_distill.recipes.planning.arithmetic import Measures, extrapolated
+from hf_distill.recipes.stages.inputs import micro_batches, training_arguments
+from hf_distill.recipes.stages.models import teaches_itself, with_adapters
+from hf_distill.teachers import LiveTeacher
+from hf_distill.training.trainer import DistillationTrainer
+
+STEPS = 3
+# Beyond these a trial is made with one and two layers: operations of a micro-batch; memory's share.
+OPERATIONS, SHARE = 4e12, 0.5
+
+
+def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
+    """What one of so many devices would see of the recipe's training, from trials on this machine.
+
+    raises: InputError where they cannot share a step's rows evenly, or a trial fails
+    """
+    recipe = _on_one(recipe, devices)
+    student, teacher = _configs(recipe)
+    whole = _Sizes(recipe, student), _Sizes(recipe, teacher, role="teacher")
+    if _is_small(recipe, *whole):
+        say("trial: three steps of the whole models")
+        return _run(recipe, None, None)
+    say("trial: three steps each of models with one and two layers, for the whole ones")
+    one, two, other = (_run(recipe, *layers) for layers in ((1, 1), (2, 1), (1, 2)))
+    found = extrapolated(one, two, other, student.num_hidden_layers, teacher.num_hidden_layers)
+    return replace(
+        found,
+        weights=whole[0].bytes,
+        gradients=one.gradients / max(one.trained, 1) * _trained(recipe, student),
+        optimizer=one.optimizer / max(one.trained, 1) * _trained(recipe, student),
+        trained=_trained(recipe, student),
+        teacher=0.0 if one.teacher == 0 else whole[1].bytes,
+        teacher_layer=whole[1].layer,
+        teacher_ends=whole[1].ends,
+    )
+
+
+def _on_one(recipe: Recipe, devices: int) -> Recipe:
+    """The recipe with one device's share of a global batch in its train section."""
+    train: Any = recipe.train
+    if train.global_batch_size is None:
+        return recipe
+    share = micro_batches(train.global_batch_size, devices, train.per_device_train_batch_size)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    changed = {"global_batch_size": None, **dict(zip(names, share, strict=True))}
+    return recipe.model_copy(update={"train": train.model_copy(update=changed)})
+
+
+def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None) -> Measures:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_in_child, args=(theirs, dump_recipe(recipe), student_layers, teacher_layers)
+    )
+    child.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        raise InputError(
+            "the trial ended without a word, probably for lack of memory: plan on a machine with "
+            "more, or with a smaller train.per_device_train_batch_size"
+        ) from None
+    finally:
+        child.join()
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def _in_child(
+    answer: Any, text: str, student_layers: int | None, teacher_layers: int | None
+) -> None:
+    quiet()
+    # What a trainer warns of random tokens and no tokenizer is no news of the recipe.
+    logging.getLogger("hf_distill").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):  # Trainer's logs of random tokens
+            found = _trial(parse_recipe(text), student_layers, teacher_layers)
+        answer.send(found)
+    except Exception as error:  # told by the parent, which has no traceback of this process
+        answer.send(f"the trial failed: {' '.join(str(error).split())}")
+
+
+def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | None) -> Measures:
+    memory = PeakMemory()
+    libraries = memory.now()
+    student_config, teacher_config = _configs(recipe)
+    student: Any = _model(_cut(student_config, student_layers), _dtype(recipe, "student"))
+    if recipe.student.lora is not None:
+        student = with_adapters(student, recipe)
+    weights: float = sum(p.nbytes for p in student.parameters())
+    vocabulary, length = student_config.get_text_config().vocab_size, recipe.data.max_length
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = arguments(recipe.train) | _QUIET
+        if recipe.record is not None:
+            settings["alpha"] = 0.0  # takes what a recorded teacher takes, within some percent
+        args = training_arguments(recipe, settings, folder)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
+        ids = torch.randint(0, vocabulary, (rows, length)).tolist()
+        teacher = _teacher(recipe, _cut(teacher_config, teacher_layers), student)
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            args,
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            data_collator=_collate,
+            callbacks=[clock],
+        )
+        memory.forget()
+        trainer.train()
+        peak = memory.peak()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    states: Any = trainer.optimizer.state.values()  # type: ignore[union-attr]
+    kept = [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
+    optimizer = sum(value.nbytes for value in kept)
+    own = isinstance(teacher, LiveTeacher)
+    sizes = _Sizes(recipe, _cut(teacher_config, teacher_layers), role="teacher")
+    saved = _Sizes(recipe, _cut(student_config, student_layers)).saved
+    gradients = sum(p.nbytes for p in trained)
+    tokens = args.per_device_train_batch_size * length
+    head = min(_chunk(student), tokens * vocabulary * 8)
+    known = libraries + weights + gradients + optimizer + head
+    teacher_bytes = sum(p.nbytes for p in teacher.model.parameters()) if own else 0
+    return Measures(
+        libraries=libraries,
+        weights=weights - saved,
+        gradients=gradients,
+        optimizer=optimizer,
+        trained=sum(p.numel() for p in trained),
+        student_dtype=trained[0].element_size(),
+        engine_dtype=2 if args.bf16 or args.fp16 else trained[0].element_size(),
+        teacher=teacher_bytes - (sizes.saved if own else 0),
+        teacher_ends=sizes.ends,
+        teacher_layer=sizes.layer,
+        activations=max(0.0, peak - known - teacher_bytes),
+        head=head,
+        seconds=statistics.median(clock.seconds[1:]) / args.gradient_accumulation_steps,
+        tokens=tokens,
+        accumulation=args.gradient_accumulation_steps,
+    )
+
+
+_QUIET = {
+    "max_steps": STEPS,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class _Sizes:
+    """Bytes of a model that is not made: all of its weights, one layer's, and the rest.
+
+    saved: by quantisation, which trials do without; of the layers, as bitsandbytes leaves the
+        embeddings and the output head as they are
+    """
+
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig, role: str = "student") -> None:
+        def count(layers: int | None) -> int:
+            with init_empty_weights():
+                model = AutoModelForCausalLM.from_config(_cut(config, layers))
+            model.tie_weights()
+            return model.num_parameters()
+
+        each = torch.empty((), dtype=_dtype(recipe, role)).element_size()
+        in_layer = _quantised_bytes(recipe, role) or each
+        layers = config.get_text_config().num_hidden_layers
+        self.parameters = count(None)
+        layer = count(2) - count(1)
+        self.layer = layer * in_layer
+        self.ends = max(0, self.parameters - layer * layers) * each
+        self.bytes = self.ends + self.layer * layers
+        self.saved = self.parameters * each - self.bytes
+
+
+def _quantised_bytes(recipe: Recipe, role: str) -> float | None:
+    """Of one parameter in a layer; None where nothing is quantised."""
+    wanted = getattr(recipe, role).model_kwargs.get("quantization_config") or {}
+    if wanted.get("load_in_4bit"):
+        return 0.5 + 4 / wanted.get("bnb_4bit_blocksize", 64)  # with the scale of each block
+    return 1.0 if wanted.get("load_in_8bit") else None
+
+
+def _is_small(recipe: Recipe, student: _Sizes, teacher: _Sizes) -> bool:
+    batch = arguments(recipe.train).get("per_device_train_batch_size", 8)
+    tokens = batch * recipe.data.max_length
+    operations = tokens * (6 * student.parameters + 2 * teacher.parameters)
+    memory = 4 * (student.bytes + student.saved) + teacher.bytes + teacher.saved
+    limit = OPERATIONS * (200 if torch.cuda.is_available() else 1)
+    return operations < limit and memory < SHARE * PeakMemory.available()
+
+
+def _configs(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    teacher = _config(recipe, recipe.teacher.config, recipe.teacher.model)
+    section = recipe.student
+    if section.layers is None:
+        return _config(recipe, section.config, section.model), teacher
+    stack = Stack("layers", "layers", teacher.num_hidden_layers)
+    chosen = choose_layers([stack], section.layers, section.num_layers)
+    return _cut(teacher, len(chosen[stack])), teacher
+
+
+def _config(recipe: Recipe, settings: Mapping[str, Any] | None, name: str | None) -> Any:
+    if settings is None:
+        try:
+            return AutoConfig.from_pretrained(str(name))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{name!r} cannot be planned for, since its config cannot be read: give a local "
+                "folder, or check the id and the connection to the Hub"
+            ) from error
+    vocabulary: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    if recipe.tokenizer.vocab_size is not None:
+        vocabulary["vocab_size"] = recipe.tokenizer.vocab_size
+    kind, rest = settings["model_type"], {k: v for k, v in settings.items() if k != "model_type"}
+    return CONFIG_MAPPING[kind](**(vocabulary | rest))
+
+
+def _cut(config: PreTrainedConfig, layers: int | None) -> Any:
+    """The same with so many layers only."""
+    if layers is None:
+        return config
+    config = copy.deepcopy(config)
+    text: Any = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
+    return config
+
+
+def _dtype(recipe: Recipe, role: str) -> torch.dtype:
+    name = getattr(recipe, role).model_kwargs.get("dtype")
+    name = None if name == "auto" else name  # as the checkpoint has it
+    if name is None and role == "teacher" and recipe.teacher.model is not None:
+        return AutoConfig.from_pretrained(recipe.teacher.model).dtype or torch.float32
+    return getattr(torch, str(name).removeprefix("torch.")) if name else torch.float32
+
+
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _teacher(recipe: Recipe, config: PreTrainedConfig, student: Any) -> Any:
+    if recipe.record is not None:
+        return None
+    if teaches_itself(recipe):
+        return student
+    return LiveTeacher(_model(config, _dtype(recipe, "teacher")))
+
+
+def _trained(recipe: Recipe, config: PreTrainedConfig) -> int:
+    if recipe.student.lora is None:
+        return _Sizes(recipe, config).parameters
+    with init_empty_weights():
+        model = with_adapters(AutoModelForCausalLM.from_config(config), recipe)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _chunk(student: Any) -> float:
+    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return default_memory(Head(base.get_output_embeddings().weight))
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}

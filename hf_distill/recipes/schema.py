@@ -1,0 +1,350 @@
+"""A recipe: the typed form of one YAML file that says how a student is made.
+
+Every key is declared, documented and given its default here, once. The keys of the `train`
+sections are the fields of `DistillationArguments` and `TrainingArguments` themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import types
+from enum import Enum
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from transformers import TrainingArguments
+
+from hf_distill.data import DataConfig
+from hf_distill.training.arguments import DistillationArguments
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, and nothing changes after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def _one_of(section: AnySection, *names: str, at_least: int = 1) -> AnySection:
+    given = [name for name in names if getattr(section, name) is not None]
+    if not at_least <= len(given) <= 1:
+        what = " and ".join(repr(name) for name in given) or "none"
+        raise ValueError(f"has {what}, but needs one of {', '.join(map(repr, names))}")
+    return section
+
+
+# What a recipe says in another place, or what makes no sense in one.
+RESERVED = {
+    "output_dir": "checkpoints go to the run folder, output_dir/name",
+    "seed": "the recipe's own 'seed' sets it",
+    "data_seed": "the recipe's own 'seed' sets it",
+    "teacher_model_kwargs": "use 'teacher.model_kwargs'",
+    "teacher_placement": "use 'teacher.placement'",
+    "student_model_kwargs": "use 'student.model_kwargs'",
+    "resume_from_checkpoint": "an interrupted stage resumes by itself",
+    "do_train": "the stages decide it",
+    "do_eval": "the stages decide it",
+    "do_predict": "the stages decide it",
+    "prediction_loss_only": "the stages decide it",
+    "remove_unused_columns": "the stages decide it",
+    "push_to_hub": "run `hf-distill publish`",
+    "hub_model_id": "use 'publish.repo_id'",
+    "hub_private_repo": "use 'publish.private'",
+    "hub_token": "log in with `hf auth login`",
+    "hub_strategy": "run `hf-distill publish`",
+    "hub_always_push": "run `hf-distill publish`",
+    "hub_revision": "run `hf-distill publish`",
+    "deepspeed": "use `accelerate launch --config_file`",
+    "fsdp": "use `accelerate launch --config_file`",
+    "fsdp_config": "use `accelerate launch --config_file`",
+    "parallelism_config": "use `accelerate launch --config_file`",
+    "accelerator_config": "use `accelerate launch --config_file`",
+    "local_rank": "`accelerate launch` sets it",
+}
+
+# What Trainer takes any number for, and fails at later.
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
+# How a training inside a recipe differs from a bare Trainer. Steps below 1 are shares of the run.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "disable_tqdm": False,
+    "ddp_find_unused_parameters": False,
+    "bf16": "auto",
+    "logging_steps": 0.01,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+}
+
+
+def _plain(hint: Any) -> Any:
+    """A field's type as YAML can state it: an enum or a class beside plain types is left out."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    kept = [
+        part
+        for part in get_args(hint)
+        if not isinstance(part, type) or part is type(None) or not issubclass(part, Enum)
+    ]
+    return functools.reduce(operator.or_, kept)
+
+
+class _Training(Section):
+    """What a train section has beside the fields of its arguments class."""
+
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Rows of an optimizer step, over all processes together: a recipe then means the same on any
+    number of them. `per_device_train_batch_size`, if given, is how many go through at a time."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> _Training:
+        for name in ("gradient_accumulation_steps", "auto_find_batch_size"):
+            if self.global_batch_size is not None and getattr(self, name):
+                raise ValueError(
+                    f"has 'global_batch_size' and {name!r}, but the first alone decides how many "
+                    "rows a step takes: leave the second out"
+                )
+        return self
+
+
+def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> type[Section]:
+    """A section with the fields of an arguments class; None leaves one to Trainer's default."""
+    hints = get_type_hints(arguments)
+    of_trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(arguments):
+        if not field.init or field.name in RESERVED:
+            continue
+        hint = _plain(hints[field.name])
+        if field.name == "bf16":
+            hint = bool | Literal["auto"]
+        description = (field.metadata.get("help") or "").split("\n")[0]
+        own = None if field.name in of_trainer else field.default
+        default = TRAIN_DEFAULTS.get(field.name, own)
+        least = 1 if field.name in COUNTS else None
+        fields[field.name] = (
+            hint | None,
+            Field(default=default, description=description, ge=least),
+        )
+    return create_model(name, __base__=_Training, __doc__=doc, **fields)
+
+
+PretrainSection = _train_section(
+    "PretrainSection", "How the teacher is trained from scratch.", TrainingArguments
+)
+TrainSection = _train_section(
+    "TrainSection", "How baseline and student are trained.", DistillationArguments
+)
+
+
+class TokenizerSection(Section):
+    """Which tokenizer makes the tokens. A string stands for `model`."""
+
+    model: str | None = None
+    """Hub id or folder; by default the student's own, otherwise the teacher's."""
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Train a byte-level BPE of this many tokens on the prepared text instead."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizerSection:
+        return _one_of(self, "model", "vocab_size", at_least=0)
+
+
+class TeacherSection(Section):
+    """Who teaches. A string stands for `model`."""
+
+    model: str | None = None
+    """Hub id or folder of a causal language model."""
+    model_kwargs: dict[str, Any] = {}
+    """Passed to `from_pretrained`: dtype, revision, attn_implementation, ..."""
+    placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
+    """Where its weights lie: whole on every device, in shards over them, or on the CPU."""
+    config: dict[str, Any] | None = None
+    """Train a teacher from scratch instead: `model_type` and that model's settings."""
+    train: PretrainSection | None = None  # type: ignore[valid-type]
+    """How it is trained from scratch: fields of `transformers.TrainingArguments`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherSection:
+        if self.model is not None and self.train is not None:
+            raise ValueError("has 'train', which is for a teacher from 'config', not from 'model'")
+        return _one_of(self, "model", "config")
+
+
+class LoraSection(Section):
+    """A LoRA student: the initial model stays as it is and adapters are trained (`peft`)."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=16, gt=0)
+    """Their scale is alpha / r (`lora_alpha`)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters (`lora_dropout`)."""
+    target_modules: str | list[str] | None = None
+    """Names of the layers that get one; by default what peft knows for the model type."""
+    modules_to_save: list[str] | None = None
+    """Layers that are trained whole beside the adapters."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Adapt direction and length of the weights separately."""
+    merge: bool = False
+    """Save the student with its adapters merged into the weights, as a model like any other."""
+
+
+class RecordSection(Section):
+    """Run the teacher once, and let trainings read what it said; at `train.temperature`."""
+
+    kind: Literal["top_k", "sampled", "full"] = "top_k"
+    """The k likeliest tokens and the mass of all others; draws; or every log-probability."""
+    k: int = Field(default=64, ge=1, lt=2**16)
+    """How many tokens `top_k` names at each target."""
+    draws: int = Field(default=50, ge=1, lt=2**16)
+    """How many draws `sampled` makes at each target; for forward_kl only."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Record, and train on, a sample of this many training rows: few steps do not need them all."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows that the teacher sees at a time on each device."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Rows of one file; what an interruption loses at most."""
+
+
+class StudentSection(Section):
+    """What the student is before training. A string stands for `model`."""
+
+    model: str | None = None
+    """Hub id or folder of a causal language model."""
+    model_kwargs: dict[str, Any] = {}
+    """Passed to `from_pretrained`; the weights are float32 unless `dtype` says otherwise."""
+    config: dict[str, Any] | None = None
+    """Random weights instead: `model_type` and that model's settings."""
+    layers: str | list[int] | None = None
+    """Layers of the teacher instead: every_other, first_and_last, or a list of indices."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """How many layers `first_and_last` takes."""
+    lora: LoraSection | None = None
+    """Train adapters on top of any of these."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentSection:
+        if self.num_layers is not None and self.layers is None:
+            raise ValueError("has 'num_layers', which is for a student from 'layers'")
+        if self.model_kwargs and self.model is None:
+            raise ValueError("has 'model_kwargs', which is for a student from 'model'")
+        return _one_of(self, "model", "config", "layers")
+
+
+class EvaluateSection(Section):
+    """What is measured at the end."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at a time on each device; the figures do not depend on it."""
+    speed: bool = True
+    """Also measure tokens per second and peak memory."""
+    prompts: int = Field(default=4, ge=0)
+    """How many held-out rows are continued by every model for the report."""
+    prompt_tokens: int = Field(default=32, ge=1)
+    """Tokens of a prompt where the data do not say where the prompt ends."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Tokens of a continuation."""
+
+
+class PublishSection(Section):
+    """Where `hf-distill publish` puts the student."""
+
+    repo_id: str | None = None
+    """Repository on the Hub, owner/name."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+
+
+class Recipe(Section):
+    """One YAML file: everything that decides what a run does."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run folder; by default that of the YAML file."""
+    seed: int = Field(default=42, ge=0)
+    """Decides held-out rows, initial weights, order of the rows and dropout."""
+    output_dir: str = "runs"
+    """Where run folders are made."""
+    data: DataConfig
+    """Where rows come from and what is made of them; its keys are in docs/data.md."""
+    tokenizer: TokenizerSection = TokenizerSection()
+    """What makes tokens of them. A string stands for `tokenizer.model`."""
+    teacher: TeacherSection
+    """Who teaches. A string stands for `teacher.model`."""
+    record: RecordSection | None = None
+    """Run the teacher once and train from what it said; by default it is asked as training goes."""
+    student: StudentSection
+    """What the student is before training. A string stands for `student.model`."""
+    baseline: bool = True
+    """Also train the student with cross-entropy only, on equal terms."""
+    train: TrainSection = TrainSection()  # type: ignore[valid-type]
+    """How baseline and student are trained: fields of `DistillationArguments`."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """What is measured at the end."""
+    publish: PublishSection = PublishSection()
+    """Where `hf-distill publish` puts the student."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        """A string for a model; a key without a value, as `train:`, for its default."""
+        shorthand = ("tokenizer", "teacher", "student")
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: {"model": value} if key in shorthand and isinstance(value, str) else value
+            for key, value in values.items()
+            if value is not None
+        }
+
+    @model_validator(mode="after")
+    def _draws_estimate_the_forward_kl(self) -> Recipe:
+        divergence = arguments(self.train)["divergence"]
+        if self.record and self.record.kind == "sampled" and divergence != "forward_kl":
+            raise ValueError(
+                f"records draws, which estimate forward_kl without bias but not {divergence}: set "
+                "train.divergence to forward_kl, or record.kind to top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizer_has_a_source(self) -> Recipe:
+        models = (self.tokenizer.model, self.student.model, self.teacher.model)
+        if self.tokenizer.vocab_size is None and not any(models):
+            raise ValueError(
+                "has neither a model nor a tokenizer to take tokens from: set tokenizer.vocab_size "
+                "to train one, or tokenizer.model"
+            )
+        if self.tokenizer.vocab_size is not None and any(models):
+            raise ValueError(
+                "sets tokenizer.vocab_size, but a new tokenizer does not fit a model that exists: "
+                "leave it out, or give teacher and student by config"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All that the run is decided by, with the defaults of a recipe (not with Trainer's)."""
+        dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
+        dump["train"] = arguments(self.train)
+        if self.teacher.config is not None:
+            dump["teacher"]["train"] = arguments(self.teacher.train or PretrainSection())
+        return {key: dump[key] for key in type(self).model_fields}
+
+
+def arguments(section: Section) -> dict[str, Any]:
+    """What a train section sets: the keyword arguments for an arguments class."""
+    return section.model_dump(mode="json", exclude_none=True)

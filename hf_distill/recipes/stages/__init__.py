@@ -1,0 +1,32 @@
+"""The stages of a run: prepare, teacher, record, student, baseline, train, evaluate, report."""
+
+from hf_distill.recipes.stages.order import (
+    STAGES,
+    baseline,
+    evaluate,
+    measure_again,
+    prepare,
+    record,
+    report,
+    student,
+    teacher,
+    train,
+)
+from hf_distill.recipes.stages.run_folder import open_run
+from hf_distill.recipes.stages.stage import Run, Stage
+
+__all__ = [
+    "STAGES",
+    "Run",
+    "Stage",
+    "baseline",
+    "evaluate",
+    "measure_again",
+    "open_run",
+    "prepare",
+    "record",
+    "report",
+    "student",
+    "teacher",
+    "train",
+]

@@ -1,0 +1,235 @@
+"""What a recipe takes from outside: checked before anything is made of it, and told apart later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedTokenizerBase,
+)
+
+from hf_distill.data import DataConfig, check_max_length
+from hf_distill.data.sources import find_files, hub_id
+from hf_distill.errors import InputError
+from hf_distill.models.from_scratch import max_positions, model_from_config
+from hf_distill.models.loading import load_tokenizer
+from hf_distill.models.vocabulary import shared_vocabulary
+from hf_distill.recipes import (
+    PretrainSection,
+    Recipe,
+    StudentSection,
+    TeacherSection,
+    arguments,
+)
+from hf_distill.training.arguments import DistillationArguments
+
+PATIENCE_S = 10.0
+
+
+# ---- Arguments of the trainings ----
+
+
+def training_arguments(
+    recipe: Recipe, options: dict[str, Any], folder: str | Path
+) -> DistillationArguments:
+    """The arguments of one of the recipe's trainings.
+
+    options: what the train section sets; `bf16: auto` is decided here, for this machine
+    raises: InputError for a value that is out of range or that Trainer refuses
+    """
+    options = dict(options)
+    rows = options.pop("global_batch_size", None)
+    # bf16 without an accelerator is refused by Trainer unless the CPU is asked for by name.
+    options.setdefault("use_cpu", not torch.accelerator.is_available())
+    if options.get("bf16") == "auto":
+        options["bf16"] = not options.get("fp16") and bf16_is_fast(cpu=options["use_cpu"])
+    try:
+        args = DistillationArguments(
+            str(folder), seed=recipe.seed, data_seed=recipe.seed, **options
+        )
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise InputError(_first_line(error)) from error
+    if rows is not None:
+        devices = args.world_size * max(1, args.n_gpu)
+        at_a_time, steps = micro_batches(rows, devices, options.get("per_device_train_batch_size"))
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = at_a_time, steps
+    return args
+
+
+def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
+    """How a device takes its share of a step's rows: so many at a time, so many times.
+
+    most: rows that may go through at a time; by default the whole share
+    raises: InputError where the devices cannot share them evenly
+    """
+    share, left = divmod(rows, devices)
+    if left:
+        raise InputError(
+            f"global_batch_size is {rows}, which {devices} processes cannot share evenly: "
+            f"use a multiple of {devices}, or another number of processes"
+        )
+    at_a_time = max(n for n in range(1, min(most or share, share) + 1) if share % n == 0)
+    return at_a_time, share // at_a_time
+
+
+def bf16_is_fast(*, cpu: bool) -> bool:
+    """Does this machine multiply bfloat16 in hardware?"""
+    if cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """InputError for a value in a train section, before anything is read or written."""
+    sections = {"train": arguments(recipe.train)}
+    if recipe.teacher.config is not None:
+        pretraining = arguments(recipe.teacher.train or PretrainSection())
+        sections["teacher.train"] = {**pretraining, "alpha": 0.0}
+    for name, options in sections.items():
+        try:
+            training_arguments(recipe, options, recipe.output_dir)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+
+# ---- Models, tokenizers and data of others ----
+
+
+def tokenizer_source(recipe: Recipe) -> tuple[str, str | None] | None:
+    """Whose tokenizer makes the tokens, and its revision; None where one is trained."""
+    if recipe.tokenizer.vocab_size is not None:
+        return None
+    if recipe.tokenizer.model is not None:
+        return recipe.tokenizer.model, None
+    section = recipe.student if recipe.student.model is not None else recipe.teacher
+    assert section.model is not None  # the recipe is refused without one
+    return section.model, revision_of(section)
+
+
+def revision_of(section: StudentSection | TeacherSection) -> str | None:
+    """Which version of its model a section asks for."""
+    return section.model_kwargs.get("revision")
+
+
+def check_sources(recipe: Recipe) -> None:
+    """InputError for a model or data set that cannot be had or does not fit, in seconds.
+
+    Nothing but configs and tokenizers is loaded.
+    """
+    for role in ("teacher", "student"):
+        section = getattr(recipe, role)
+        if section.model is not None:
+            _check_model(role, section.model, revision_of(section), recipe.data.max_length)
+    if recipe.tokenizer.model is not None:
+        _check_reachable("model", "tokenizer", recipe.tokenizer.model)
+    for places in (recipe.data.train, recipe.data.eval):
+        if (name := hub_id([places] if isinstance(places, str) else places or [])) is not None:
+            _check_reachable("dataset", "data set", name, recipe.data.revision)
+
+
+def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError where the tokenizer does not fit a model, or a model its rows."""
+    if recipe.teacher.model is not None:
+        theirs = load_tokenizer(
+            recipe.teacher.model, "teacher", revision=revision_of(recipe.teacher)
+        )
+        shared_vocabulary(len(tokenizer), len(theirs), tokenizer, theirs)
+    for section in (recipe.teacher, recipe.student):
+        if section.config is not None:
+            model_from_config(section.config, tokenizer, seed=0, max_length=recipe.data.max_length)
+
+
+def _check_model(role: str, name: str, revision: str | None, max_length: int) -> None:
+    if not _is_local(name):
+        _check_reachable("model", role, name, revision)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{role} {name!r} cannot be loaded ({_first_line(error)}): "
+            "give a local folder, or check the id and the connection to the Hub"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{role} {name!r} is a {config.model_type}, which has no language-model head that "
+            "predicts the next token: give a causal language model"
+        )
+    backbone = getattr(MODEL_MAPPING[type(config)], "__name__", None)
+    tied = config.get_text_config().tie_word_embeddings
+    if not tied and config.architectures and set(config.architectures) == {backbone}:
+        raise InputError(
+            f"{role} {name!r} was saved as a {backbone}, without a language-model head: "
+            "give a checkpoint of a causal language model"
+        )
+    check_max_length(max_length, max_positions(config), f"the {role} {name!r}")
+
+
+def _check_reachable(kind: str, role: str, name: str, revision: str | None = None) -> None:
+    """InputError unless the Hub has it or this machine does. Asks once, without retries."""
+    if _is_local(name):
+        return
+    api = HfApi()
+    ask = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        ask(name, revision=revision, timeout=PATIENCE_S)
+    except GatedRepoError as error:
+        raise InputError(
+            f"{role} {name!r} is gated: accept its terms on the Hub and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{role} {name!r} is neither a local folder nor on the Hub: check the id, or log in "
+            "with `hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # the client's transport has errors of its own
+        cached = "README.md" if kind == "dataset" else "config.json"
+        found = try_to_load_from_cache(name, cached, repo_type=kind, revision=revision)
+        if isinstance(found, str):
+            return
+        why = "was refused by" if isinstance(error, HfHubHTTPError) else "cannot be reached on"
+        raise InputError(
+            f"{role} {name!r} {why} the Hub ({_first_line(error)}) and is not on this machine: "
+            "check the id and the connection, or give a local folder"
+        ) from error
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().exists()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".:")
+
+
+# ---- Telling whether they have changed ----
+
+
+def data_stamp(config: DataConfig) -> list[Any]:
+    """Names, sizes and times of the local files that the rows come from."""
+    places = [[p] if isinstance(p, str) else p for p in (config.train, config.eval) if p]
+    return [_stamps(find_files(group, config.exclude)) for group in places if hub_id(group) is None]
+
+
+def model_stamp(name: str | None) -> Any:
+    """The same for a model in a local folder; a Hub id stands for itself."""
+    if name is None or not _is_local(name):
+        return name
+    path = Path(name).expanduser()
+    return _stamps(file for file in path.iterdir() if file.is_file())
+
+
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]

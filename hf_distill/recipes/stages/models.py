@@ -1,0 +1,138 @@
+"""Stage `student`, and the models of a run: made, loaded and adapted as its recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_distill.data import check_max_length
+from hf_distill.models.engines import made_whole
+from hf_distill.models.from_scratch import max_positions, model_from_config
+from hf_distill.models.from_teacher import student_from_teacher
+from hf_distill.models.loading import load_model, load_tokenizer
+from hf_distill.recipes import Recipe
+from hf_distill.recipes.stages.inputs import revision_of
+from hf_distill.recipes.stages.stage import Run
+from hf_distill.recordings.recorder import load_recording
+
+
+def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """The tokenizer that the rows were made with."""
+    return load_tokenizer(run.folder / "data" / "tokenizer", "student")
+
+
+def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
+    """The teacher's own, to be compared with the student's."""
+    section = run.recipe.teacher
+    if section.model is None:
+        return tokenizer_of(run)
+    return load_tokenizer(section.model, "teacher", revision=revision_of(section))
+
+
+def rows_of(run: Run, split: str) -> Dataset:
+    """The tokenized rows of "train" or "eval"."""
+    return load_from_disk(str(run.folder / "data" / split))
+
+
+def rows_to_train(run: Run, split: str) -> Dataset:
+    """The same with what the teacher said of them, where the recipe records it."""
+    if run.recipe.record is None:
+        return rows_of(run, split)
+    return load_recording(run.folder / "recording" / split)
+
+
+def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
+    """The teacher of the recipe, or the one that this run has trained: its path, how to load it."""
+    section = run.recipe.teacher
+    if section.model is None:
+        return str(run.folder / "teacher"), {}
+    return section.model, section.model_kwargs
+
+
+def teaches_itself(recipe: Recipe) -> bool:
+    """Is the teacher what the student's adapter stands on, so that one set of weights does?"""
+    teacher, student = recipe.teacher, recipe.student
+    same = teacher.model is not None and teacher.model == student.model
+    versions = {revision_of(section) for section in (teacher, student)}
+    quantised = [s.model_kwargs.get("quantization_config") for s in (teacher, student)]
+    return same and student.lora is not None and len(versions) == 1 and quantised[0] == quantised[1]
+
+
+def new_model(run: Run, config: dict[str, Any]) -> PreTrainedModel:
+    """Random weights, the same for the same seed, whatever the engine."""
+    recipe = run.recipe
+    with made_whole():
+        return model_from_config(
+            config, tokenizer_of(run), seed=recipe.seed, max_length=recipe.data.max_length
+        )
+
+
+def make_student(run: Run, result: Path) -> None:
+    """`student_initial/`: the student before training, without adapters."""
+    with made_whole():  # this is one process's work
+        model = _new_student(run)
+    model.save_pretrained(result)
+    tokenizer_of(run).save_pretrained(result)
+
+
+def student_initial(run: Run) -> PreTrainedModel:
+    """What `make_student` saved, in float32 unless the recipe says otherwise."""
+    kwargs = run.recipe.student.model_kwargs
+    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "attn_implementation")}
+    return load_model(run.folder / "student_initial", "student", **({"dtype": "float32"} | kept))
+
+
+def _new_student(run: Run) -> PreTrainedModel:
+    section = run.recipe.student
+    if section.config is not None:
+        return new_model(run, section.config)
+    if section.layers is not None:
+        name, kwargs = teacher_source(run)
+        teacher = load_model(name, "teacher", **kwargs)
+        return student_from_teacher(teacher, section.layers, num_layers=section.num_layers)
+    assert section.model is not None
+    model = load_model(section.model, "student", **({"dtype": "float32"} | section.model_kwargs))
+    check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
+    return model
+
+
+def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
+    """The initial student, with fresh adapters where the recipe asks for LoRA."""
+    model = student_initial(run)
+    return model if run.recipe.student.lora is None else with_adapters(model, run.recipe)
+
+
+def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """A student with the fresh adapters that its recipe asks for."""
+    section = recipe.student
+    lora = section.lora
+    assert lora is not None
+    # What the adapter says that it belongs to: the id it came from, not the copy in the run folder;
+    # a folder by its whole path, since adapters are loaded from anywhere.
+    name = section.model or model.name_or_path
+    model.name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
+    options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    set_seed(recipe.seed)
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    adapted: Any = get_peft_model(model, config, revision=revision_of(section))
+    return adapted
+
+
+def merged(run: Run, folder: Path) -> PreTrainedModel:
+    """The student with the adapter of a folder merged into its weights."""
+    with made_whole():
+        return PeftModel.from_pretrained(student_initial(run), folder).merge_and_unload()
+
+
+def trained(run: Run, role: str) -> PreTrainedModel | PeftModel:
+    """A finished `baseline` or `student`, from its folder."""
+    folder = run.folder / role
+    with made_whole():
+        if not (folder / "adapter_config.json").exists():
+            return load_model(folder, role)
+        return PeftModel.from_pretrained(student_initial(run), folder)

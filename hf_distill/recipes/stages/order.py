@@ -1,0 +1,149 @@
+"""The eight stages, what decides the result of each, and which results it uses.
+
+prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> report
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from hf_distill.errors import InputError
+from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.evaluation import measure, write_report_and_card
+from hf_distill.recipes.stages.inputs import data_stamp, model_stamp, tokenizer_source
+from hf_distill.recipes.stages.models import make_student
+from hf_distill.recipes.stages.preparation import prepare_data
+from hf_distill.recipes.stages.recording import SPLITS, record_teacher
+from hf_distill.recipes.stages.stage import Run, Stage, remove, stamp_of
+from hf_distill.recipes.stages.training import distil, train_baseline, train_teacher
+
+
+def _decide_rows(recipe: Recipe) -> Any:
+    source = tokenizer_source(recipe)
+    data = recipe.data.model_dump(exclude={"num_proc"})  # which decides how fast, not what
+    tokenizer = [recipe.tokenizer.vocab_size, source, model_stamp(source[0] if source else None)]
+    return [recipe.seed, data, data_stamp(recipe.data), tokenizer, _given_teacher(recipe)]
+
+
+def _given_teacher(recipe: Recipe) -> Any:
+    """A teacher that is not trained here; one that is stands in the fingerprint of its stage."""
+    section = recipe.teacher
+    return section.model and [section.model, section.model_kwargs, model_stamp(section.model)]
+
+
+def _without(section: dict[str, Any], *how_fast: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in how_fast}
+
+
+def _decide_recording(recipe: Recipe) -> Any:
+    assert recipe.record is not None
+    kept, train = _without(recipe.record.model_dump(), "batch_size"), arguments(recipe.train)
+    # The teacher speaks in the precision of the trainings.
+    said = {key: train.get(key) for key in ("temperature", "bf16", "fp16")}
+    return [recipe.seed, kept, said, _given_teacher(recipe)]
+
+
+def _decide_student(recipe: Recipe) -> Any:
+    section = recipe.student
+    made_of = [section.model_dump(exclude={"lora"}), model_stamp(section.model)]
+    return [recipe.seed, made_of, section.layers and _given_teacher(recipe)]
+
+
+def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:
+    train = arguments(recipe.train) | ({} if distilled else {"alpha": 0.0})
+    lora = recipe.student.lora and recipe.student.lora.model_dump()
+    return [recipe.seed, train, lora, _given_teacher(recipe)]
+
+
+prepare = Stage(
+    name="prepare",
+    doing="collecting, cleaning and tokenizing the data",
+    result="data",
+    reads=_decide_rows,
+    after=(),
+    make=prepare_data,
+)
+teacher = Stage(
+    name="teacher",
+    doing="training a teacher from random weights",
+    result="teacher",
+    reads=lambda recipe: [recipe.seed, _without(recipe.resolved()["teacher"], "placement")],
+    after=(prepare,),
+    make=train_teacher,
+    everywhere=True,
+    wanted=lambda recipe: recipe.teacher.config is not None,
+)
+record = Stage(
+    name="record",
+    doing="recording what the teacher says",
+    result="recording",
+    reads=_decide_recording,
+    after=(prepare, teacher),
+    make=record_teacher,
+    everywhere=True,
+    wanted=lambda recipe: recipe.record is not None,
+    keeps=SPLITS,
+)
+student = Stage(
+    name="student",
+    doing="making the initial student",
+    result="student_initial",
+    reads=_decide_student,
+    after=(prepare, teacher),
+    make=make_student,
+)
+baseline = Stage(
+    name="baseline",
+    doing="training the student with cross-entropy only",
+    result="baseline",
+    reads=lambda recipe: _decide_training(recipe, distilled=False),
+    after=(teacher, record, student),
+    make=train_baseline,
+    everywhere=True,
+    wanted=lambda recipe: recipe.baseline,
+)
+train = Stage(
+    name="train",
+    doing="distilling the student",
+    result="student",
+    reads=lambda recipe: _decide_training(recipe, distilled=True),
+    after=(teacher, record, student),
+    make=distil,
+    everywhere=True,
+)
+evaluate = Stage(
+    name="evaluate",
+    doing="measuring every model on the held-out rows",
+    result="metrics.json",
+    reads=lambda recipe: recipe.evaluate.model_dump(),
+    after=(teacher, student, baseline, train),
+    make=measure,
+    everywhere=True,
+)
+report = Stage(
+    name="report",
+    doing="writing the report and the student's card",
+    result="report.html",
+    reads=lambda recipe: recipe.resolved(),
+    after=(evaluate,),
+    make=write_report_and_card,
+)
+STAGES = (prepare, teacher, record, student, baseline, train, evaluate, report)
+
+
+def measure_again(run: Run) -> None:
+    """The stages `evaluate` and `report` made anew; InputError if any before is not up to date."""
+    *before, _, _ = STAGES
+    stale = run.from_main(
+        lambda: [s.name for s in before if s.wanted(run.recipe) and not run.is_made(s)]
+    )
+    if stale:
+        raise InputError(
+            f"{str(run.folder)!r} is not up to date with the recipe (stage {stale[0]}): "
+            "let `hf-distill run` finish first"
+        )
+    for stage in (evaluate, report):
+        run.from_main(partial(remove, stamp_of(run, stage)))
+    evaluate(run)
+    report(run)

@@ -1,0 +1,118 @@
+"""Stage `record`: what the teacher says of the rows, so that trainings do without it."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+
+from hf_distill.data import collator
+from hf_distill.errors import InputError
+from hf_distill.evaluation.performance import MB
+from hf_distill.models.engines import plain_accelerator
+from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.inputs import training_arguments
+from hf_distill.recipes.stages.models import rows_of, teacher_source, tokenizer_of
+from hf_distill.recipes.stages.stage import Run
+from hf_distill.recordings.recorder import Estimate, estimate, load_recording, record
+from hf_distill.recordings.writer import RecordingSettings
+from hf_distill.teachers import Teacher, as_teacher
+
+SPLITS = ("train", "eval")
+
+
+def settings_of(recipe: Recipe) -> RecordingSettings:
+    """What the recipe records, at the temperature that it trains with."""
+    section = recipe.record
+    assert section is not None
+    temperature = arguments(recipe.train)["temperature"]
+    return RecordingSettings(section.kind, section.k, section.draws, temperature, recipe.seed)
+
+
+def record_teacher(run: Run, result: Path) -> None:
+    """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
+    section = run.recipe.record
+    assert section is not None
+    tokenizer, accelerator = tokenizer_of(run), _accelerator(run)
+    teacher = _teacher(run)
+    settings = vars(settings_of(run.recipe))
+    for split in SPLITS:
+        # Beside the result, which is emptied when an interrupted stage goes on.
+        record(
+            _rows(run, split),
+            teacher,
+            result.parent / split,
+            tokenizer=tokenizer,
+            data_collator=collator(tokenizer),
+            batch_size=section.batch_size,
+            shard_rows=section.shard_rows,
+            accelerator=accelerator,
+            **settings,
+        )
+    run.state.wait_for_everyone()  # the others may still be opening what is moved away here
+    run.from_main(lambda: _move(result))
+    told = load_recording(result / "train")
+    size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
+    run.say(f"  {len(told):,} rows, {size / MB:,.0f} MB on disk, tokens included")
+    accelerator.free_memory()
+    del teacher
+    gc.collect()
+    AcceleratorState._reset_state()
+
+
+def check_records(recipe: Recipe) -> None:
+    """InputError for a recipe that wants nothing recorded."""
+    if recipe.record is None:
+        raise InputError(
+            "the recipe has no 'record' section, so there is nothing to record: add one, or "
+            "--set record.k=64"
+        )
+
+
+def estimate_recording(run: Run) -> Estimate:
+    """What the stage would take, from a timed sample of the training rows."""
+    section = run.recipe.record
+    assert section is not None
+    tokenizer = tokenizer_of(run)
+    return estimate(
+        _rows(run, "train"),
+        _teacher(run),
+        tokenizer=tokenizer,
+        data_collator=collator(tokenizer),
+        batch_size=section.batch_size,
+        accelerator=_accelerator(run),
+        settings=settings_of(run.recipe),
+    )
+
+
+def _rows(run: Run, split: str) -> Dataset:
+    """The rows to record: of the training rows a sample, where the recipe wants no more."""
+    rows, section = rows_of(run, split), run.recipe.record
+    assert section is not None
+    if split != "train" or section.max_rows is None or section.max_rows >= len(rows):
+        return rows
+    return rows.shuffle(seed=run.recipe.seed).select(range(section.max_rows))
+
+
+def _teacher(run: Run) -> Teacher:
+    name, kwargs = teacher_source(run)
+    teacher = as_teacher(name, placement=run.recipe.teacher.placement, **kwargs)
+    assert teacher is not None  # there is a name
+    return teacher
+
+
+def _accelerator(run: Run) -> Accelerator:
+    """With the mixed precision of the trainings: the teacher speaks as it would there."""
+    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    return plain_accelerator(precision)
+
+
+def _move(result: Path) -> Any:
+    result.mkdir()
+    for split in SPLITS:
+        (result.parent / split).rename(result / split)

@@ -1,0 +1,168 @@
+"""Stages `teacher`, `baseline` and `train`: one training, with other teachers and other weights."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_distill.data import collator, require_rows
+from hf_distill.evaluation.performance import MB, PeakMemory
+from hf_distill.recipes import PretrainSection, arguments
+from hf_distill.recipes.stages.inputs import training_arguments
+from hf_distill.recipes.stages.models import (
+    merged,
+    new_model,
+    rows_of,
+    rows_to_train,
+    student_to_train,
+    teacher_source,
+    teacher_tokenizer_of,
+    teaches_itself,
+    tokenizer_of,
+)
+from hf_distill.recipes.stages.stage import Run
+from hf_distill.reporting.formatting import compact
+from hf_distill.training.checkpoints import last_complete_checkpoint
+from hf_distill.training.trainer import DistillationTrainer
+
+
+def train_teacher(run: Run, result: Path) -> None:
+    """`teacher/`: a model of the recipe's config, trained from random weights on the rows."""
+    section = run.recipe.teacher
+    assert section.config is not None
+    options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
+    config = section.config
+    _train(run, result, lambda run: new_model(run, config), None, options)
+
+
+def train_baseline(run: Run, result: Path) -> None:
+    """`baseline/`: the student's training with cross-entropy only, all else equal."""
+    # With alpha 0 the teacher is only asked in evaluations, for the curve of the divergence.
+    _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0})
+
+
+def distil(run: Run, result: Path) -> None:
+    """`student/`: the distillation itself."""
+    _train_student(run, result, arguments(run.recipe.train))
+
+
+def _train_student(run: Run, result: Path, options: dict[str, Any]) -> None:
+    teacher: str | None = None
+    if run.recipe.record is None:
+        teacher, kwargs = teacher_source(run)
+        placement = run.recipe.teacher.placement
+        options = options | {"teacher_model_kwargs": kwargs, "teacher_placement": placement}
+    _train(run, result, student_to_train, teacher, options, rows_from=rows_to_train)
+    lora = run.recipe.student.lora
+    if lora is not None and lora.merge:
+        run.from_main(lambda: _merge(run, result))
+
+
+def _train(
+    run: Run,
+    result: Path,
+    make_model: Callable[[Run], Any],
+    teacher: str | None,
+    options: dict[str, Any],
+    *,
+    rows_from: Callable[[Run, str], Dataset] = rows_of,
+) -> None:
+    """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
+    recipe, tokenizer = run.recipe, tokenizer_of(run)
+    checkpoints = result.parent / "checkpoints"
+    # First, since under ZeRO-3 it decides that the student's weights are read in shards.
+    args = training_arguments(recipe, options, checkpoints)
+    model = make_model(run)
+    rows = rows_from(run, "train")
+    require_rows(rows, args.train_batch_size * args.world_size, "one batch")
+    clock = Clock()
+    trainer = DistillationTrainer(
+        model,
+        model if teacher is not None and teaches_itself(recipe) else teacher,
+        args,
+        teacher_tokenizer=teacher_tokenizer_of(run) if teacher is not None else None,
+        train_dataset=rows,
+        eval_dataset=rows_from(run, "eval"),
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        callbacks=[clock],
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
+    # ZeRO-3 keeps an empty tensor in a parameter's place, and its size beside it.
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    accumulated, processes = args.gradient_accumulation_steps, args.world_size
+    rows_a_step = args.train_batch_size * accumulated * processes
+    split = f" ({args.train_batch_size} at a time, {accumulated} times)" if accumulated > 1 else ""
+    split += f" on {processes} processes" if processes > 1 else ""
+    run.say(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step{split}")
+    resume = last_complete_checkpoint(checkpoints)
+    if resume:
+        run.say(f"  resuming from {Path(resume).name}")
+    PeakMemory.forget()
+    trainer.train(resume_from_checkpoint=resume)
+    peak = trainer.accelerator.reduce(
+        torch.tensor([float(PeakMemory.peak())], device=args.device), "max"
+    )
+    trainer.save_model(str(result))
+    if trainer.is_world_process_zero():
+        (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
+        engine = trainer.accelerator.distributed_type.value
+        facts = {"train_seconds": round(clock.seconds, 2), "engine": engine}
+        facts["peak_memory_mb"] = round(peak.item() / MB)
+        (result / "training_results.json").write_text(json.dumps(facts))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    # The next training sets up its own engine (DeepSpeed keeps the first one's settings).
+    AcceleratorState._reset_state()
+
+
+def _merge(run: Run, result: Path) -> None:
+    """The adapter's folder, with a whole model in its place."""
+    model = merged(run, result)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (result / name).unlink()
+    model.save_pretrained(result)
+
+
+class Bar(ProgressCallback):
+    """Trainer's progress bar, with the last loss beside it instead of a dictionary a line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds spent in steps, so without evaluations and checkpoints, kept over interruptions.
+
+    The figure travels in each checkpoint's `trainer_state.json`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = state.stateful_callbacks.get(type(self).__name__) or self.state()
+        self.seconds = kept["attributes"]["seconds"] if state.global_step else 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._start

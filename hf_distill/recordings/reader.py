@@ -1,0 +1,78 @@
+"""A teacher that spoke before: its words come with the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_distill.errors import InputError
+from hf_distill.losses import divergences
+from hf_distill.losses.divergences import Divergence
+from hf_distill.losses.fused_head import Logits, Signal
+from hf_distill.losses.kernels.torch import Sampled, Sparse
+from hf_distill.recordings.collator import ALL_NAMES, header_of
+from hf_distill.recordings.row_format import COLUMN, Header
+
+
+def recorded_signal(batch: Mapping[str, Any], targets: Tensor) -> Signal | None:
+    """The signal that a batch brings along (`RecordingCollator`); None where it brings none.
+
+    targets: (rows, positions) bool
+    """
+    if "teacher_logits" in batch:
+        return Logits(batch["teacher_logits"][targets])
+    if "teacher_ids" not in batch:
+        return None
+    ids = batch["teacher_ids"][targets]
+    if "teacher_weights" in batch:
+        return Sampled(ids, batch["teacher_weights"][targets], batch["teacher_entropy"][targets])
+    return Sparse(ids, batch["teacher_log_probs"][targets], batch["teacher_log_tail"][targets])
+
+
+def without_recording(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as models see it."""
+    return {name: value for name, value in batch.items() if name not in ALL_NAMES}
+
+
+def first_header(dataset: Any, what: str) -> Header | None:
+    """What a data set's first row says of its recording; None where it has none.
+
+    dataset: anything with rows that are mappings; a stream is asked for its first row
+    what: "the training set", for errors
+    """
+    names = getattr(dataset, "column_names", None)
+    if dataset is None or (names is not None and COLUMN not in names):
+        return None
+    try:
+        row = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
+    except (IndexError, KeyError, StopIteration):
+        return None
+    if not isinstance(row, Mapping) or row.get(COLUMN) is None:
+        return None
+    return header_of(row[COLUMN], f"the first row of {what}")
+
+
+def check_recording(
+    header: Header, what: str, *, temperature: float, divergence: Divergence, student_rows: int
+) -> None:
+    """InputError where a recording cannot serve this objective."""
+    # A recording holds its temperature in float32, in which 0.7 is another number.
+    if header.kind != "full" and np.float32(header.temperature) != np.float32(temperature):
+        raise InputError(
+            f"{what} was recorded at temperature {header.temperature:g}, but temperature is "
+            f"{temperature:g}, and what a teacher says at one cannot be had from the other: set "
+            f"temperature to {header.temperature:g}, or record again at {temperature:g}"
+        )
+    if header.kind == "sampled" and divergence is not divergences.forward_kl:
+        raise InputError(
+            f"{what} was recorded by drawing samples, which estimates forward_kl without bias and "
+            "no other divergence: set divergence to forward_kl, or record with kind top_k"
+        )
+    if header.vocabulary > student_rows:
+        raise InputError(
+            f"{what} was recorded over {header.vocabulary} ids, but the student predicts only "
+            f"{student_rows}: use a student with the teacher's tokenizer"
+        )

@@ -1,0 +1,303 @@
+"""`record`: run the teacher once over a data set, and keep what it says in the rows.
+
+The rows are cut into shards, each written under another name and moved into place when it is
+whole, so that a kill loses the shard in work and no more; a second call goes on from there, and
+ends with the same bytes. Under `accelerate launch` the shards are dealt out to the processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, concatenate_datasets, load_dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.models.engines import one_accelerator
+from hf_distill.models.loading import not_found
+from hf_distill.recordings.collator import header_of
+from hf_distill.recordings.row_format import COLUMN
+from hf_distill.recordings.shards import (
+    MANIFEST,
+    check_same_rows,
+    claim,
+    finish,
+    full_disk,
+    shard_name,
+    shards_of,
+    write_shard,
+)
+from hf_distill.recordings.writer import RecordingSettings, Scribe
+from hf_distill.teachers import Teacher
+
+T = TypeVar("T")
+
+__all__ = ["Estimate", "RecordingSettings", "estimate", "load_recording", "record"]
+
+
+def record(
+    dataset: Any,
+    teacher: PreTrainedModel | Teacher | str,
+    output_dir: str | Path | None = None,
+    *,
+    kind: str = "top_k",
+    k: int = 64,
+    draws: int = 50,
+    temperature: float = 1.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    shard_rows: int = 1000,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    teacher_placement: str = "auto",
+    **teacher_model_kwargs: Any,
+) -> Dataset:
+    """The same rows with one more column, what the teacher says of their targets.
+
+    dataset: a `datasets.Dataset` or `IterableDataset` of tokenized, packed and masked rows, as
+        they will be trained on; of a stream one shard at a time is in memory
+    teacher: a model, an id or path, or an object with the `Teacher` protocol
+    output_dir: where the shards are kept; by default a folder of the datasets cache that the
+        settings, the teacher and the rows decide. Call it again to go on after an interruption.
+    kind, k, draws, temperature, seed: see `RecordingSettings`
+    tokenizer: that of the rows; compared in training with the student's, and needed for padding
+        where there is no data_collator
+    data_collator: the one that will be trained with, if it decides about labels
+    batch_size: rows at a time on each process, of similar length
+    teacher_placement: see `DistillationArguments`; teacher_model_kwargs: for `from_pretrained`
+    returns: a memory-mapped `Dataset`, the same on every process
+    raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
+    """
+    settings = RecordingSettings(kind, k, draws, temperature, seed)
+    with one_accelerator(accelerator) as accelerator:
+        scribe = Scribe(
+            settings,
+            teacher,
+            tokenizer,
+            data_collator,
+            accelerator,
+            teacher_placement,
+            teacher_model_kwargs,
+        )
+        folder = Path(output_dir) if output_dir else _in_cache(dataset, scribe, shard_rows)
+        identity = scribe.identity | {"shard_rows": shard_rows}
+        _on_main_first(accelerator, lambda: claim(folder, identity))
+        shards = _fill(folder, scribe, dataset, shard_rows, batch_size, accelerator)
+        accelerator.wait_for_everyone()
+        _on_main_first(accelerator, lambda: finish(folder, scribe, shards))
+    return load_recording(folder)
+
+
+def _fill(
+    folder: Path,
+    scribe: Scribe,
+    dataset: Any,
+    shard_rows: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> int:
+    """Write the shards that are missing, this process its own ones; how many there are in all.
+
+    A teacher whose weights are in shards is asked by all processes together: they take their
+    shards in rounds, and who has none left asks along and keeps nothing.
+    """
+    whole = {path.name for path in folder.glob("shard-*.arrow")}
+    whole = _broadcast(accelerator, whole)
+    together = getattr(scribe.teacher, "together", False)
+    batches = math.ceil(shard_rows / batch_size) if together else 0
+    bar = _Bar(len(dataset) if hasattr(dataset, "__len__") else None, accelerator)
+    number = missing = 0
+    mine: tuple[Dataset, int] | None = None
+    any_rows: Dataset | None = None
+
+    def write() -> None:
+        nonlocal mine
+        if mine is not None:
+            rows, index = mine
+            path = folder / shard_name(index)
+            with full_disk(folder):
+                write_shard(scribe, rows, path, index, batch_size, bar.tell, batches)
+        elif any_rows is not None:
+            scribe.values(any_rows.to_list()[:1], batch_size, seed=0, batches=batches)
+        mine = None
+
+    for number, rows in enumerate(shards_of(dataset, shard_rows), 1):
+        path = folder / shard_name(number - 1)
+        if path.name in whole:
+            check_same_rows(path, rows)
+            bar.skip(len(rows))
+            continue
+        turn, any_rows = missing % accelerator.num_processes, rows
+        missing += 1
+        if turn == accelerator.process_index:
+            mine = rows, number - 1
+        if (turn == accelerator.num_processes - 1) if together else (mine is not None):
+            write()
+    if together and missing % accelerator.num_processes:
+        write()
+    bar.close()
+    if number == 0:
+        raise InputError("there are no rows to record: the data set is empty")
+    return number
+
+
+def _broadcast(accelerator: Accelerator, value: T) -> T:
+    """The main process's value, on all of them."""
+    told = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(told)
+    return told[0]
+
+
+def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
+    """A recording from the folder that `record` has filled, or from the Hub.
+
+    split, kwargs: for `datasets.load_dataset`, where it comes from the Hub
+    raises: InputError for a recording that cannot be found, or a folder whose is not whole
+    """
+    folder = Path(id_or_path)
+    if not folder.exists():
+        try:
+            dataset = load_dataset(str(id_or_path), split=split, **kwargs)
+        except (OSError, ValueError) as error:
+            raise InputError(not_found("recording", id_or_path, error)) from error
+        if COLUMN not in dataset.column_names:
+            raise InputError(f"{str(id_or_path)!r} has no column {COLUMN!r}: it is no recording")
+        return dataset
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{str(folder)!r} holds no whole recording, since it has no readable {MANIFEST}: "
+            "let `record` finish, which goes on where it was interrupted"
+        ) from None
+    paths = [folder / shard_name(index) for index in range(manifest["shards"])]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise InputError(f"{str(folder)!r} lacks {missing[0]}: record again, which fills it in")
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recording will take, from a timed sample.
+
+    targets: of the whole data set; bytes: all of the recording column; seconds: on this machine
+        with as many processes as asked
+    """
+
+    rows: int
+    targets: int
+    bytes: int
+    seconds: float
+    bytes_per_target: float
+    targets_per_second: float
+
+
+def estimate(
+    dataset: Dataset,
+    teacher: PreTrainedModel | Teacher | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    sample_rows: int = 64,
+    accelerator: Accelerator | None = None,
+    settings: RecordingSettings | None = None,
+    teacher_placement: str = "auto",
+    **teacher_model_kwargs: Any,
+) -> Estimate:
+    """Time and size of `record`, from a few rows spread over the data set."""
+    with one_accelerator(accelerator) as accelerator:
+        scribe = Scribe(
+            settings or RecordingSettings(),
+            teacher,
+            tokenizer,
+            data_collator,
+            accelerator,
+            teacher_placement,
+            teacher_model_kwargs,
+        )
+        if len(dataset) == 0:
+            raise InputError("there are no rows to record: the data set is empty")
+        number = min(sample_rows, len(dataset))
+        sample = [dataset[i * len(dataset) // number] for i in range(number)]
+        warm_up = sample[:batch_size]
+        scribe.values(warm_up, batch_size, seed=0)
+        start = time.perf_counter()
+        values = scribe.values(sample, batch_size, seed=0)
+        seconds = time.perf_counter() - start
+        targets = sum(header_of(value, "a sampled row").targets for value in values)
+        size, scale = sum(map(len, values)), len(dataset) / number
+        return Estimate(
+            rows=len(dataset),
+            targets=round(targets * scale),
+            bytes=round(size * scale),
+            seconds=seconds * scale / accelerator.num_processes,
+            bytes_per_target=size / max(targets, 1),
+            targets_per_second=targets * accelerator.num_processes / seconds,
+        )
+
+
+def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
+    """A folder of the datasets cache that changes when the recording would."""
+    decided = [scribe.identity, shard_rows, getattr(dataset, "_fingerprint", None)]
+    if decided[-1] is None:
+        raise InputError("a stream has no fingerprint: give an output_dir for its recording")
+    name = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_distill" / name
+
+
+def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Done by the main process while the others wait; its error ends all of them."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except InputError as error:
+            outcome = [str(error)]
+    message = _broadcast(accelerator, outcome[0])
+    if message is not None:
+        raise InputError(message)
+
+
+class _Bar:
+    """Rows done, targets a second, bytes a target, time left."""
+
+    def __init__(self, rows: int | None, accelerator: Accelerator) -> None:
+        self.processes = accelerator.num_processes
+        self.bar = tqdm(
+            total=rows, desc="recording", unit="row", disable=not accelerator.is_main_process
+        )
+        self.start = time.perf_counter()
+        self.targets = self.size = 0
+
+    def skip(self, rows: int) -> None:
+        if not self.bar.disable:
+            self.bar.initial += rows  # not counted in the speed
+            self.bar.update(rows)
+
+    def tell(self, rows: int, targets: int, size: int) -> None:
+        self.targets += targets
+        self.size += size
+        speed = self.targets * self.processes / (time.perf_counter() - self.start)
+        shown = f"{speed:,.0f} targets/s, {self.size / max(self.targets, 1):.0f} bytes/target"
+        self.bar.set_postfix_str(shown, refresh=False)
+        # The other processes are about as far.
+        left = (self.bar.total or 2**62) - self.bar.n
+        self.bar.update(min(rows * self.processes, left))
+
+    def close(self) -> None:
+        self.bar.close()

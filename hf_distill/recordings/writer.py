@@ -1,0 +1,235 @@
+"""What one teacher says of rows, as the bytes that are kept in them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_distill.data import Collator, collator
+from hf_distill.errors import InputError
+from hf_distill.losses.fused_head import Hidden, Logits, whole
+from hf_distill.losses.targets import IGNORE, position_ids, target_labels
+from hf_distill.models.vocabulary import shared_vocabulary
+from hf_distill.recordings import codec
+from hf_distill.recordings.codec import KINDS, TopK
+from hf_distill.recordings.collator import header_of, starts_of
+from hf_distill.recordings.extract import sampled, top_k_
+from hf_distill.recordings.row_format import Header, model_hash, row_hash, tokenizer_hash, write
+from hf_distill.teachers import Teacher, as_teacher
+
+LABELS = ("labels", "shift_labels")
+CHUNK_BYTES = 2**27  # what the logits of one chunk of targets may take
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """What is kept of the teacher's distributions.
+
+    kind: "top_k", the k likeliest ids with the exact mass of all others; "sampled", `draws` draws
+        from the distribution, for forward_kl; "full", every log-probability
+    temperature: the one that will be trained with ("full" serves any)
+    seed: of the draws
+    """
+
+    kind: str = "top_k"
+    k: int = 64
+    draws: int = 50
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"kind is {self.kind!r}, but must be one of {', '.join(KINDS)}")
+        for name in ("k", "draws"):
+            if not 1 <= getattr(self, name) < 2**16:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be 1 to 65535")
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}, but must be above 0")
+
+
+class Scribe:
+    """Writes down what one teacher says of rows."""
+
+    def __init__(
+        self,
+        settings: RecordingSettings,
+        teacher: PreTrainedModel | Teacher | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+        accelerator: Accelerator,
+        placement: str,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        found = as_teacher(teacher, placement=placement, **model_kwargs)
+        if found is None:
+            raise InputError("there is no teacher to record: give a model, its id or its path")
+        self.settings, self.teacher, self.device = settings, found, accelerator.device
+        self.rounding: float | None = None  # of the first batch that `values` last saw
+        tokenizer = tokenizer or found.tokenizer
+        self.collate = data_collator or _collator(tokenizer)
+        vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
+        reads = 2**31 if tokenizer is None else len(tokenizer)
+        found.prepare(accelerator, student_reads=reads)
+        sizes = {"top_k": min(settings.k, vocabulary), "sampled": settings.draws, "full": 0}
+        self.header = Header(
+            kind=settings.kind,
+            k=sizes[settings.kind],
+            temperature=1.0 if settings.kind == "full" else settings.temperature,
+            vocabulary=vocabulary,
+            targets=0,
+            row=0,
+            teacher=_fingerprint(found),
+            tokenizer=tokenizer_hash(tokenizer),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a recording beside its rows; JSON."""
+        told = asdict(self.header)
+        del told["targets"], told["row"]
+        told["teacher"] = f"{told['teacher']:016x}"
+        told["tokenizer"] = f"{told['tokenizer']:016x}"
+        name = self.teacher.name
+        if Path(name).exists():
+            name = Path(name).name  # a path of this machine means nothing elsewhere
+        told |= {"codec": codec.VERSION, "teacher_name": name}
+        return told | ({"seed": self.settings.seed} if self.header.kind == "sampled" else {})
+
+    @torch.no_grad()
+    def values(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        batch_size: int,
+        *,
+        seed: int,
+        tell: Callable[[int, int, int], None] = lambda rows, targets, size: None,
+        batches: int = 0,
+    ) -> list[bytes]:
+        """The recording of each row, in their order.
+
+        seed: of the draws; tell: called after each batch with its rows, targets and bytes
+        batches: how often to ask the teacher at least, because other processes ask it as often
+        """
+        generator = torch.Generator().manual_seed(seed)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
+        values: list[bytes] = [b""] * len(rows)
+        self.rounding = None
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            found = self._batch([rows[i] for i in chosen], generator)
+            for i, value in zip(chosen, found, strict=True):
+                values[i] = value
+            targets = sum(header_of(value, "a row").targets for value in found)
+            tell(len(found), targets, sum(map(len, found)))
+        for _ in range(math.ceil(len(order) / batch_size), batches):
+            self._batch([rows[order[0]]], generator)
+        return values
+
+    def _batch(self, rows: list[Mapping[str, Any]], generator: torch.Generator) -> list[bytes]:
+        batch = self.collate(rows)
+        labels = target_labels(batch)
+        targets = labels != IGNORE
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in LABELS}
+        if "attention_mask" in inputs:
+            inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
+        wanted = labels[targets].to(self.device)
+        signal = self.teacher.signal(inputs, targets.to(self.device))
+        if not isinstance(signal, Hidden | Logits):
+            raise InputError("a recorded teacher cannot be recorded again: give the live one")
+        chunk = max(1, CHUNK_BYTES // (4 * self.teacher.rows))
+        parts = []
+        with whole(signal) as at_hand:
+            assert isinstance(at_hand, Hidden | Logits)
+            for at in range(0, len(wanted), chunk):
+                part = slice(at, at + chunk)
+                logits = at_hand[part].logits[:, : self.header.vocabulary].float()
+                parts.append(self._said(logits, wanted[part], generator))
+        said = _joined(parts)
+        if self.rounding is None and isinstance(said, TopK):
+            self.rounding = rounding(said, self.header.vocabulary)
+        values, at = [], 0
+        starts = starts_of(batch, labels)
+        for number, row in enumerate(rows):
+            places = targets[number].nonzero()[:, 0].numpy() - starts[number]
+            mine = slice(at, at + len(places))
+            at += len(places)
+            header = replace(
+                self.header,
+                targets=len(places),
+                row=row_hash(row["input_ids"], places, row.get("position_ids")),
+            )
+            values.append(write(header, _encoded(said, mine)))
+        return values
+
+    def _said(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        """What is kept of some targets' logits, which may be used up."""
+        softened = logits if self.header.temperature == 1.0 else logits / self.header.temperature
+        said: Any
+        if self.header.kind == "full":
+            said = finite = logits.log_softmax(-1).cpu().numpy()
+        elif self.header.kind == "sampled":
+            said = sampled(softened, self.header.k, generator)
+            finite = said.entropy
+        else:
+            said = top_k_(softened, labels, self.header.k)
+            finite = said.log_probs
+        if np.isnan(finite).any():
+            raise InputError(_NOT_FINITE)
+        return said
+
+
+_NOT_FINITE = (
+    "the teacher's logits are not finite: load it in bfloat16 or float32 (teacher_model_kwargs)"
+)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One TopK, Sampled or array of several chunks'."""
+    if not parts:
+        return None
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    columns = zip(*(asdict(part).values() for part in parts), strict=True)
+    return type(parts[0])(*(np.concatenate(column) for column in columns))
+
+
+def rounding(said: TopK, vocabulary: int) -> float:
+    """How much probability the codec moves, a target: half the sum of |exact - decoded|."""
+    n, k = said.ids.shape
+    back = codec.decode_top_k(codec.encode_top_k(said), n, k, vocabulary)
+    moved = np.abs(np.exp(back.log_probs) - np.exp(said.log_probs)).sum(1) / 2
+    return round(float(moved.mean()), 6)
+
+
+def _encoded(said: Any, mine: slice) -> bytes:
+    if said is None:
+        return b""
+    if isinstance(said, np.ndarray):
+        return codec.encode_full(said[mine])
+    part = type(said)(*(column[mine] for column in vars(said).values()))
+    if len(next(iter(vars(part).values()))) == 0:
+        return b""
+    return codec.encode_top_k(part) if isinstance(part, TopK) else codec.encode_sampled(part)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase | None) -> Collator:
+    if tokenizer is None:
+        return Collator(0, 0)  # what pads is masked, so that it may be any id
+    return collator(tokenizer)
+
+
+def _fingerprint(teacher: Any) -> int:
+    model = getattr(teacher, "model", None)
+    if model is not None:
+        return model_hash(model)
+    return int.from_bytes(hashlib.sha256(teacher.name.encode()).digest()[:8], "little")

@@ -1,0 +1,78 @@
+"""What the figures of several models say side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from hf_distill.errors import InputError
+from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured
+
+Results = Mapping[str, Mapping[str, float]]
+
+RETAINED = ("perplexity", "bits_per_byte", "top1_agreement")
+"""Not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
+
+
+def compare(results: Results) -> dict[str, dict[str, float]]:
+    """How much of the teacher's quality the student keeps, and of the baseline's gap it closes.
+
+    results: figures by model, with `teacher` and `student`, and perhaps `baseline`
+    returns: by metric,
+        `retention`: student / teacher where more is better, teacher / student where less is; 1 is
+        the teacher's quality
+        `gap_closed`: (baseline - student) / (baseline - teacher); 0 is the baseline's quality, 1
+        the teacher's; absent where the baseline is missing or not worse than the teacher
+    raises: InputError where teacher or student is missing
+    """
+    for name in ("teacher", "student"):
+        if name not in results:
+            raise InputError(
+                f"the results have no {name!r}, only {', '.join(map(repr, results)) or 'nothing'}: "
+                "a comparison needs the figures of both teacher and student"
+            )
+    teacher, student = {**results["teacher"], "kl_to_teacher": 0.0}, results["student"]
+    baseline = results.get("baseline", {})
+    retention, gap_closed = {}, {}
+    for metric in (*RETAINED, "kl_to_teacher"):
+        whole, part, start = (measured(model, metric) for model in (teacher, student, baseline))
+        if whole is None or part is None:
+            continue
+        above, below = (part, whole) if BY_KEY[metric].better == "higher" else (whole, part)
+        if metric in RETAINED and below:
+            retention[metric] = above / below
+        if start is not None and BY_KEY[metric].prefers(whole, start):
+            gap_closed[metric] = (start - part) / (start - whole)
+    return {"retention": retention, "gap_closed": gap_closed}
+
+
+def results_table(
+    results: Results, comparison: Mapping[str, Mapping[str, float]] | None = None
+) -> Table:
+    """The figures as a terminal table: a column a model, a row a figure that any of them has.
+
+    comparison: what `compare` returned, for two more columns
+    """
+    # Open sides and narrow gaps leave room for four models on 80 columns.
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("")
+    for model in results:
+        table.add_column(model, justify="right", no_wrap=True)
+    for name in comparison or {}:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for figure in figures_of(results):
+        cells = [figure.text(measured(model, figure.key)) for model in results.values()]
+        for values in (comparison or {}).values():
+            share = values.get(figure.key)
+            # "+ 0.0" makes 0.0 of -0.0
+            cells.append("" if share is None else f"{round(100 * share, 1) + 0.0:.1f}%")
+        table.add_row(_label(figure), *cells)
+    return table
+
+
+def _label(figure: Figure) -> str:
+    arrow = {"lower": " ↓", "higher": " ↑", None: ""}[figure.better]
+    unit = f", {figure.unit}" if figure.unit in ("s", "MB", "tokens/s") else ""  # the short ones
+    return f"{figure.label}{unit}{arrow}"

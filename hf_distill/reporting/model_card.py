@@ -1,0 +1,211 @@
+"""The model card of a student: what it is, what it learnt from, and only what was measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from hf_distill.reporting.formatting import BY_KEY, ROLES, figures_of, measured
+
+TAGS = ("distillation", "hf-distill")
+DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".xz", ".zst")
+PUBLISHED_RESULTS = ("perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement")
+
+Metrics = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What is known of a student. Whatever is None or empty does not appear in the card.
+
+    model_name: the title; teacher, initial_from: Hub ids, local paths or a few words
+    dataset: one or several Hub ids or local paths
+    objective: alpha, temperature, divergence and its parameters, by name
+    metrics: {"student": {"perplexity": ...}, "teacher": {...}, ...} as in ``metrics.json``
+    training: steps, learning rate, seed and the like, by name
+    repo_id: where it will be published, for the snippet that loads it
+    adapter: True where only a PEFT adapter is saved
+    Of a local path only the last name is ever written.
+    """
+
+    model_name: str
+    teacher: str | None = None
+    initial_from: str | None = None
+    dataset: str | Sequence[str] | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Metrics | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    repo_id: str | None = None
+    adapter: bool = False
+
+
+def write_card(folder: str | Path, facts: CardFacts) -> Path:
+    """``README.md`` in the student's folder; it appears under that name only when it is whole."""
+    path = Path(folder) / "README.md"
+    unfinished = path.with_name(".README.md.unfinished")
+    unfinished.write_text(render_card(facts), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card as Markdown with its YAML metadata."""
+    name = _one_line(public_name(facts.model_name))
+    datasets = _as_list(facts.dataset)
+    metrics = facts.metrics or {}
+    models = {role: metrics[role] for role in ROLES if figures_of({role: metrics.get(role, {})})}
+    text = _TEMPLATES.get_template("card.md.jinja").render(
+        metadata=_metadata(facts, name, models).to_yaml().strip(),
+        name=name,
+        model_id=facts.repo_id or name,
+        adapter=facts.adapter,
+        teacher=_mention(facts.teacher),
+        initial_from=_mention(facts.initial_from),
+        datasets=[_mention(dataset) for dataset in datasets],
+        objective=_readable(facts.objective),
+        training=_readable(facts.training),
+        versions=_readable(facts.versions),
+        models=models,
+        figures=figures_of(models),
+        measured=measured,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def with_model_id(card: str, model_id: str) -> str:
+    """The same card, its snippet loading the model from ``model_id``."""
+    line = f"model_id = {quoted(model_id)}"
+    return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
+
+
+def hub_id(name: str | None) -> str | None:
+    """``name`` if it can only be an id on the Hub, None if it is a path or a few words."""
+    if not name or name.endswith(DATA_SUFFIXES) or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(text: str) -> str:
+    """``text`` with every local path in it cut to its last name, so that no folder is disclosed."""
+    if hub_id(text):
+        return text
+    if Path(text).exists() or (re.search(r"[\\/]", text) and not re.search(r"\s", text)):
+        return _last_name(text)
+    return re.sub(r"(?<![\w.~])(?:~|\.{1,2}|[A-Za-z]:)?[\\/][^\s'\",;]+", _last_of_match, text)
+
+
+def _last_of_match(match: re.Match[str]) -> str:
+    return _last_name(match[0])
+
+
+def _last_name(path: str) -> str:
+    """The last part of a path that is not a wildcard."""
+    parts = [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..", "~")]
+    named = [part for part in parts if not re.search(r"[*?\[\]{}]", part)]
+    return (named or parts or ["local files"])[-1]
+
+
+def _mention(text: str | None) -> str | None:
+    """In prose: a name as code, a few words as they are."""
+    if not text:
+        return None
+    name = _one_line(public_name(text))
+    return name if " " in name else f"`{name}`"
+
+
+def _readable(values: Mapping[str, Any]) -> dict[str, str]:
+    """Names and values as text for a list; absent ones left out, paths cut, lines joined."""
+    shown = {key: value for key, value in values.items() if value not in (None, "", [], {})}
+    return {
+        _one_line(str(key).replace("_", " ")): _one_line(public_name(str(value)))
+        for key, value in shown.items()
+    }
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("`", "'").replace("|", "/").split())
+
+
+def quoted(text: str) -> str:
+    """A Python string literal in double quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def metrics_of_evaluation(logged: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What ``Trainer.evaluate()`` returned, as the ``metrics`` of ``CardFacts``.
+
+    logged: ``eval_loss``, ``eval_ce``, ``eval_<divergence>``, ``eval_teacher_ce``, ...; the
+        evaluation's own running time and the epoch are left out
+    """
+    prefix = "eval_"
+    values = {k.removeprefix(prefix): v for k, v in logged.items() if k.startswith(prefix)}
+    teacher = {"ce": values.pop("teacher_ce")} if "teacher_ce" in values else {}
+    student = {k: v for k, v in values.items() if not re.search(r"_time$|runtime$|_per_second$", k)}
+    return {"teacher": teacher, "student": student}
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _metadata(facts: CardFacts, name: str, models: Metrics) -> ModelCardData:
+    bases = [base for base in (hub_id(facts.initial_from), hub_id(facts.teacher)) if base]
+    datasets = [dataset for dataset in map(hub_id, _as_list(facts.dataset)) if dataset]
+    results = _eval_results(facts, models)
+    return ModelCardData(
+        base_model=list(dict.fromkeys(bases)) or None,
+        datasets=datasets or None,
+        eval_results=results or None,
+        model_name=name if results else None,
+        language=_as_list(facts.language) or None,
+        library_name="peft" if facts.adapter else "transformers",
+        license=facts.license,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *facts.tags],
+    )
+
+
+def _eval_results(facts: CardFacts, models: Metrics) -> list[EvalResult]:
+    """The student's own measured figures, in the form that the Hub shows beside the card."""
+    datasets = _as_list(facts.dataset)
+    if not datasets or "student" not in models:
+        return []
+    names = [_one_line(public_name(dataset)) for dataset in datasets]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=names[0],
+            dataset_name=f"held-out rows of {', '.join(names)}",
+            metric_type=key,
+            metric_name=BY_KEY[key].label,
+            metric_value=value,
+        )
+        for key in PUBLISHED_RESULTS
+        if (value := measured(models["student"], key)) is not None
+    ]
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("hf_distill.reporting"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    autoescape=False,  # Markdown, not HTML: what comes from outside goes through `_one_line`
+)
+_TEMPLATES.filters["quoted"] = quoted

@@ -1,0 +1,343 @@
+"""``report.html``: one self-contained page that says what a run made and what it gained."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from hf_distill.data.preparation_table import PreparationTable, Step
+from hf_distill.errors import InputError
+from hf_distill.reporting import plots
+from hf_distill.reporting.formatting import (
+    BY_KEY,
+    ROLES,
+    Figure,
+    compact,
+    figures_of,
+    measured,
+    number,
+)
+
+TRAINED = ("baseline", "student")
+# Logged under `eval_` too, but no part of the objective, or drawn in a panel of its own.
+NOT_DIVERGENCES = {"loss", "ce", "teacher_ce", "top1_agreement"}
+DIVERGENCE_NAMES = {
+    "forward_kl": "Forward KL (nats per target)",
+    "reverse_kl": "Reverse KL (nats per target)",
+    "jsd": "Jensen-Shannon divergence (nats per target)",
+    "skew_forward_kl": "Skewed forward KL (nats per target)",
+    "skew_reverse_kl": "Skewed reverse KL (nats per target)",
+    "tvd": "Total variation distance per target",
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run folder from the files that lie in it.
+
+    run_dir: the folder with ``metrics.json``; ``recipe.yaml``, ``data/preparation.json`` and
+        ``<model>/log_history.json`` have their sections if they are there
+    returns: the report's path; it appears under that name only when it is whole
+    raises: InputError if there is nothing to report yet, or a file cannot be read
+    """
+    run_dir = Path(run_dir)
+    metrics = _read_json(run_dir / "metrics.json", dict)
+    if metrics is None:
+        raise InputError(
+            f"{str(run_dir)!r} has no metrics.json, so there is nothing to report yet: "
+            "let the run finish its evaluation first (hf-distill run)"
+        )
+    models = {role: metrics[role] for role in ROLES if metrics.get(role)}
+    if "student" not in models:
+        raise InputError(
+            f"{str(run_dir / 'metrics.json')!r} has no figures of a student: "
+            "delete the file and run the evaluation again"
+        )
+    page = _TEMPLATES.get_template("report.html.jinja").render(_context(run_dir, metrics, models))
+    path = run_dir / "report.html"
+    unfinished = run_dir / ".report.html.unfinished"
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    recipe_text = _read_text(run_dir / "recipe.yaml")
+    recipe = _parse_recipe(run_dir, recipe_text)
+    teacher, student = names(recipe)
+    return {
+        "name": str(recipe.get("name") or run_dir.resolve().name),
+        "headline": headline(models, teacher, student),
+        "seed": metrics.get("seed"),
+        "models": models,
+        "tiles": list(_tiles(models)),
+        "rows": list(_rows(models, metrics.get("comparison") or {})),
+        "curves": _curves(run_dir, models),
+        "scatters": _scatters(models),
+        "continuations": metrics.get("continuations") or [],
+        "preparation": _preparation(run_dir / "data" / "preparation.json"),
+        "recipe": recipe_text,
+        "versions": flattened(metrics.get("versions") or {}),
+        "machine": flattened(metrics.get("machine") or {}),
+    }
+
+
+# ---- Words ----
+
+
+def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str) -> str:
+    """What was distilled into what, and what that gained, for better or worse, in one sentence."""
+    sizes = {
+        role: f" ({compact(count)} parameters)"
+        for role, model in models.items()
+        if (count := measured(model, "parameters"))
+    }
+    start = (
+        f"Distilling {teacher}{sizes.get('teacher', '')} into {student}{sizes.get('student', '')}"
+    )
+    gains = [
+        (BY_KEY[key], ours, theirs)
+        for key in ("perplexity", "kl_to_teacher")
+        if (ours := measured(models["student"], key)) is not None
+        and (theirs := measured(models.get("baseline"), key)) is not None
+    ]
+    if not gains:
+        return f"{start}: there is no baseline to say what that gained."
+    parts = [_gain(*gain) for gain in gains]
+    verdicts = [figure.prefers(ours, theirs) for figure, ours, theirs in gains]
+    joint = " but " if len(set(verdicts)) > 1 else " and "
+    lost = "" if any(verdicts) else "; it did not pay here"
+    return f"{start} brought {joint.join(parts)}{lost}."
+
+
+def _gain(figure: Figure, ours: float, theirs: float) -> str:
+    what = figure.label if figure.label.startswith("KL") else figure.label.lower()
+    change = f"{change} than" if (change := change_in_words(ours, theirs)) else "the same as"
+    return f"{what} to {figure.text(ours)}, {change} the baseline’s {figure.text(theirs)}"
+
+
+def change_in_words(ours: float, theirs: float) -> str:
+    """ "17% lower", or nothing where the two agree to a tenth of a percent."""
+    change = (ours - theirs) / abs(theirs) if theirs else 0.0
+    if abs(change) < 0.0005:
+        return ""
+    size = f"{100 * abs(change):.{0 if abs(change) >= 0.1 else 1}f}%"
+    return f"{size} {'lower' if change < 0 else 'higher'}"
+
+
+def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
+    """Teacher and student as a reader would call them."""
+    teacher, student = (_section(recipe, role) for role in ("teacher", "student"))
+    teacher_name = _model_name(teacher, "teacher")
+    layers = student.get("layers")
+    if isinstance(layers, list):
+        student_name = f"a student made of its layers {', '.join(map(str, layers))}"
+    elif layers is not None:
+        student_name = f"a student made of {LAYERS.get(layers, f'its layers, {layers}')}"
+    else:
+        student_name = _model_name(student, "student")
+    return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
+
+
+LAYERS = {
+    "every_other": "every other one of its layers",
+    "first_and_last": "its first and last layers",
+}
+
+
+def _section(recipe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
+    section = recipe.get(role) or {}
+    return section if isinstance(section, Mapping) else {"model": str(section)}
+
+
+def _model_name(section: Mapping[str, Any], role: str) -> str:
+    if section.get("model"):
+        return str(section["model"]).rstrip("/").rsplit("/", maxsplit=1)[-1]
+    kind = (section.get("config") or {}).get("model_type")
+    return f"a {kind} {role} trained from scratch" if kind else f"the {role}"
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (name, text) pairs, without those that are not known."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            pairs += flattened(value, f"{name}, ")
+        elif isinstance(value, list):
+            pairs.append((name, ", ".join(map(str, value))))
+        elif value not in (None, ""):
+            pairs.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return pairs
+
+
+# ---- Tables ----
+
+
+def _rows(
+    models: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One row of the results table for each figure that was measured of any model."""
+    for figure in figures_of(models):
+        values = {role: measured(model, figure.key) for role, model in models.items()}
+        yield {
+            "figure": figure,
+            "cells": {role: figure.text(value) for role, value in values.items()},
+            "best": _best(figure, values),
+            "retention": _share(comparison, "retention", figure.key),
+            "gap_closed": _share(comparison, "gap_closed", figure.key),
+        }
+
+
+def _best(figure: Figure, values: Mapping[str, float | None]) -> str | None:
+    """Which of baseline and student is better, if both were measured and it matters."""
+    baseline, student = values.get("baseline"), values.get("student")
+    if not figure.judged or baseline is None or student is None or baseline == student:
+        return None
+    return "student" if figure.prefers(student, baseline) else "baseline"
+
+
+def _share(comparison: Mapping[str, Any], name: str, key: str) -> str:
+    shares = comparison.get(name) or {}
+    value = measured(shares.get("student", shares), key)
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """The four figures that people ask for first, each set against its rival."""
+    for key, rival in (
+        ("perplexity", "baseline"),
+        ("kl_to_teacher", "baseline"),
+        ("parameters", "teacher"),
+        ("decode_tokens_per_s", "teacher"),
+    ):
+        figure = BY_KEY[key]
+        ours, theirs = measured(models["student"], key), measured(models.get(rival), key)
+        if ours is None:
+            continue
+        note, kind = "", ""
+        if theirs and rival == "teacher":
+            ratio = ours / theirs
+            share = f"{ratio:.1f}×" if ratio >= 1.05 else f"{100 * ratio:.0f}% of"
+            note = f"{share} the teacher’s {figure.text(theirs)}"
+        elif theirs:
+            change = change_in_words(ours, theirs)
+            note = f"{change} than" if change else "the same as"
+            note = f"{note} the baseline’s {figure.text(theirs)}"
+            kind = ("good" if figure.prefers(ours, theirs) else "bad") if change else ""
+        yield {
+            "label": figure.label,
+            "value": figure.text(ours),
+            "unit": figure.unit,
+            "note": note,
+            "kind": kind,
+        }
+
+
+# ---- Plots ----
+
+
+def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
+    histories = {
+        role: history
+        for role in TRAINED
+        if role in models  # what another recipe has left in the folder is not of this one
+        and (history := _read_json(run_dir / role / "log_history.json", list))
+    }
+    labels = {
+        "ce": "Cross-entropy (nats per target)",
+        **{name: _divergence_label(name) for name in divergences(histories)},
+        "loss": "Training objective, each its own",
+        "top1_agreement": "Top-1 agreement with the teacher",
+    }
+    if not any(plots.series(history, "ce") for history in histories.values()):
+        labels["loss"] = "Loss"
+    references = {"ce": _last(histories, "eval_teacher_ce")}
+    drawn = (
+        plots.curves(histories, key, label, references.get(key)) for key, label in labels.items()
+    )
+    return [svg for svg in drawn if svg]
+
+
+def _last(histories: Mapping[str, plots.History], key: str) -> float | None:
+    """The last value that was logged under a key in any of the trainings."""
+    values = [value for history in histories.values() for _, value in plots.series(history, key)]
+    return values[-1] if values else None
+
+
+def divergences(histories: Mapping[str, plots.History]) -> list[str]:
+    """The names of what was logged both in training and, as ``eval_<name>``, on held-out rows."""
+    keys = dict.fromkeys(key for h in histories.values() for entry in h for key in entry)
+    return [key for key in keys if f"eval_{key}" in keys and key not in NOT_DIVERGENCES]
+
+
+def _divergence_label(name: str) -> str:
+    return DIVERGENCE_NAMES.get(name, name.replace("_", " ").capitalize())
+
+
+def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    final = {role: model for role, model in models.items() if role != "initial"}
+    costs = ("parameters", "decode_tokens_per_s")
+    drawn = (plots.scatter(final, cost, "perplexity") for cost in costs)
+    return [svg for svg in drawn if svg]
+
+
+# ---- Files ----
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """What the file holds, or None if there is no such file."""
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not whole ({error}): run that stage again") from error
+    if not isinstance(value, kind):
+        raise InputError(
+            f"{str(path)!r} holds a {type(value).__name__} where a {kind.__name__} is expected: "
+            "run that stage again"
+        )
+    return value
+
+
+def _preparation(path: Path) -> tuple[Step, ...]:
+    text = _read_text(path)
+    try:
+        return PreparationTable.from_json(text).steps if text else ()
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} is not a preparation's table: prepare again") from error
+
+
+def _parse_recipe(run_dir: Path, text: str | None) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(text or "")
+    except yaml.YAMLError as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"{str(run_dir / 'recipe.yaml')!r} is not valid YAML: {line}") from error
+    return recipe if isinstance(recipe, dict) else {}
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("hf_distill.reporting"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_TEMPLATES.filters["number"] = number

@@ -1,0 +1,136 @@
+"""What can be set about a distillation, beside everything that `TrainingArguments` has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_distill.errors import InputError
+from hf_distill.losses.divergences import named_divergence
+from hf_distill.teachers.placement import check_placement
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the objective of a distillation.
+
+    raises: InputError for a value out of range or an option that a distillation cannot honour
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class, which is no ClassVar
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "teacher_model_kwargs",
+        "student_model_kwargs",
+    ]
+
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the divergence, 0 to 1; the cross-entropy has 1 - alpha."},
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Softens both distributions in the divergence, which is scaled by T^2."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or tvd. "
+            "A function of your own is given to the trainer."
+        },
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "Weight of the teacher in `jsd`, between 0 and 1."}
+    )
+    skew: float = field(
+        default=0.1,
+        metadata={"help": "How much of the first distribution the skewed KLs mix into the second."},
+    )
+    fused_head: bool = field(
+        default=True,
+        metadata={
+            "help": "Make loss and gradients at the output head chunk by chunk, never holding "
+            "whole logits. Where the head is not a plain linear layer, this is off by itself."
+        },
+    )
+    head_memory_mb: int | None = field(
+        default=None,
+        metadata={
+            "help": "What the logits of student and teacher may take at a time, in MB; by default "
+            "136, or three quarters of the output head's gradient where that is more."
+        },
+    )
+    mixed_recordings: bool = field(
+        default=False,
+        metadata={"help": "Let rows have recordings of different teachers."},
+    )
+    teacher_placement: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the teacher's weights lie: 'replicated' on every device, 'sharded' over "
+            "them, 'offloaded' to the CPU, or 'auto', which chooses by their size."
+        },
+    )
+    teacher_model_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to from_pretrained where the teacher is an id or a path."},
+    )
+    student_model_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Passed to from_pretrained where the student is an id or a path."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        super().__post_init__()
+        self._refuse_unsupported()
+
+    def model_kwargs(self, role: str) -> dict[str, Any]:
+        """What to pass to `from_pretrained` for the "teacher" or the "student"."""
+        value = getattr(self, f"{role}_model_kwargs")
+        return value if isinstance(value, dict) else {}  # post-init has read any JSON string
+
+    def _refuse_unsupported(self) -> None:
+        if self.label_smoothing_factor:
+            raise InputError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, which a distillation "
+                "does not apply, since the teacher's distribution smooths the labels: set it to 0"
+            )
+        if self.use_liger_kernel:
+            raise InputError(
+                "use_liger_kernel replaces the student's forward and hides the logits that the "
+                "divergence needs: set it to False"
+            )
+        if self.parallelism_config is not None:
+            raise InputError(
+                "parallelism_config splits sequences or tensors over devices, which the divergence "
+                "does not follow: use DDP, DeepSpeed or FSDP through `accelerate launch` instead"
+            )
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise InputError(
+                f"hub_strategy is {str(self.hub_strategy)!r}, which publishes pickled optimizer "
+                "states: use 'every_save' or 'end'"
+            )
+        if self.n_gpu > 1:
+            raise InputError(
+                f"this process sees {self.n_gpu} GPUs and would use nn.DataParallel, which "
+                "averages losses wrongly: start it with `accelerate launch`"
+            )
+
+    def _check_ranges(self) -> None:
+        named_divergence(self.divergence)
+        check_placement(self.teacher_placement)
+        ranges = {
+            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
+            "temperature": (0 < self.temperature < float("inf"), "above 0"),
+            "beta": (0 < self.beta < 1, "strictly between 0 and 1"),
+            "head_memory_mb": (
+                self.head_memory_mb is None or self.head_memory_mb >= 1,
+                "at least 1",
+            ),
+            "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
+        }
+        for name, (fits, allowed) in ranges.items():
+            if not fits:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be {allowed}")
