@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.losses.fused_head import IDS
+from hf_distill.losses.linear_head import IDS_PER_SLICE as IDS
 
 MB = 2**20
 

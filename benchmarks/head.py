@@ -23,8 +23,8 @@ from common import FLOORS, Missing, answer, four_products, in_turn, parser, show
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_distill.losses import Hidden, LinearHead, Weights, fused_loss
 from hf_distill.losses.divergences import named_divergence
-from hf_distill.losses.fused_head import Head, Hidden, Weights, fused_loss
 
 VARIANTS = ["floor", "floor_sliced", "plain", "liger", "trl", "ours"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
@@ -64,8 +64,8 @@ def ours(problem: Problem) -> Tensor:
     function = named_divergence(p.divergence)
     weights = Weights(0.5, 0.5, p.temperature, function, len(p.weight))
     scale = torch.tensor(1 / len(p.labels), dtype=torch.float64)
-    teacher = Hidden(p.teacher_hidden, Head(p.teacher_weight))
-    loss, _ = fused_loss(p.hidden, Head(p.weight), p.labels, teacher, weights, scale=scale)
+    teacher = Hidden(p.teacher_hidden, LinearHead(p.teacher_weight))
+    loss, _ = fused_loss(p.hidden, LinearHead(p.weight), p.labels, teacher, weights, scale=scale)
     return loss
 
 

@@ -47,7 +47,9 @@ from hf_distill import (
     record,
 )
 from hf_distill.data import Collator
-from hf_distill.losses.kernels.torch import Sampled, Sparse, Weights, judge
+from hf_distill.losses.kernels.torch import value_and_gradient
+from hf_distill.losses.signals import Sampled, TopK
+from hf_distill.losses.weights import Weights
 from hf_distill.recordings import codec
 from hf_distill.recordings.collator import _with_label
 from hf_distill.recordings.extract import sampled, top_k_
@@ -197,15 +199,15 @@ def trained_pair(run: Path, targets: int) -> tuple[torch.Tensor, torch.Tensor, t
 def gradient(ours: torch.Tensor, labels: torch.Tensor, signal: Any) -> torch.Tensor:
     """Of the forward KL by the student's logits."""
     weights = Weights(0.0, 1.0, 1.0, divergences.forward_kl, ours.shape[1])
-    return judge(ours.clone(), labels, signal, weights)[1]
+    return value_and_gradient(ours.clone(), labels, signal, weights)[1]
 
 
-def sparse(content: codec.TopK, labels: torch.Tensor) -> Sparse:
+def sparse(content: codec.TopK, labels: torch.Tensor) -> TopK:
     ids, log_probs = _with_label(content, labels.numpy())
-    return Sparse(*map(torch.from_numpy, (ids, np.float32(log_probs), np.array(content.log_tail))))
+    return TopK(*map(torch.from_numpy, (ids, np.float32(log_probs), np.array(content.log_tail))))
 
 
-def polynomial(theirs: torch.Tensor, k: int, exact: int, powers: list[float]) -> Sparse:
+def polynomial(theirs: torch.Tensor, k: int, exact: int, powers: list[float]) -> TopK:
     """DistillKit's format, from its description: the largest log-probabilities in bfloat16, the
     others by a polynomial of their rank, fitted for each target, coefficients in float32. It keeps
     no tail; here it is given what the named probabilities leave.
@@ -219,7 +221,7 @@ def polynomial(theirs: torch.Tensor, k: int, exact: int, powers: list[float]) ->
     left = 1 - named.exp().sum(-1)
     excess = (-left).clamp(min=0)
     named = named - torch.log1p(excess)[:, None]
-    return Sparse(ids, named, left.clamp(min=1e-7).log())
+    return TopK(ids, named, left.clamp(min=1e-7).log())
 
 
 def quality(run: Path, targets: int) -> Iterator[dict[str, Any]]:

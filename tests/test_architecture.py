@@ -14,6 +14,7 @@ PACKAGES = [
     "errors",
     "losses",
     "models",
+    "tasks",
     "data",
     "teachers",
     "recordings",

@@ -1,4 +1,4 @@
-"""What a model is worth beside its teacher, on held-out rows, and what it costs.
+"""Evaluate a model beside its teacher on held-out rows: quality, size, speed and memory.
 
 Quality comes from sums by row (`hf_distill.evaluation`), gathered over all processes, so that no
 figure depends on the batch size or on the number of processes. Speed and memory are measured on
@@ -7,7 +7,6 @@ the main process alone, while the others wait.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,11 +30,13 @@ from hf_distill.evaluation.metrics import (
     TeacherAgreement,
 )
 from hf_distill.evaluation.row_sums import row_sums, text_bytes
-from hf_distill.losses.kernels.torch import Sampled, Sparse
-from hf_distill.losses.targets import IGNORE, position_ids, target_labels
+from hf_distill.losses.signals import Sampled, TopK
+from hf_distill.losses.targets import Targets
 from hf_distill.models import vocabulary
 from hf_distill.models.engines import one_accelerator
 from hf_distill.models.from_scratch import max_positions
+from hf_distill.models.runner import ModelRunner
+from hf_distill.tasks import find_task, has_labels
 from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
 
 Batch = Mapping[str, Any]
@@ -89,7 +90,7 @@ def evaluate_student(
 
 
 class _Pair:
-    """A student and its teacher, asked about the same batches."""
+    """A student and its teacher, run on the same batches."""
 
     def __init__(
         self,
@@ -97,17 +98,14 @@ class _Pair:
         teacher: PreTrainedModel | Teacher | str | None,
         accelerator: Accelerator,
     ) -> None:
-        self.student = student.eval()
         self.plain = accelerator.unwrap_model(student)
-        # An adapter's own forward accepts anything; its base names what it knows.
-        base = self.plain.get_base_model() if hasattr(self.plain, "get_base_model") else self.plain
-        self._accepted = set(inspect.signature(base.forward).parameters)
-        self._readable = vocabulary.embedding_rows(base)
-        self._rows = vocabulary.head_rows(base)
-        self._autocast = accelerator.autocast
+        self.task = find_task(self.plain, "student")
+        self.wrapped = student.eval()
+        self.student = ModelRunner(self.plain, "model")
+        self.student.autocast = accelerator.autocast
         found = None if teacher is student else as_teacher(teacher)
         if found is not None:
-            found.prepare(accelerator, student_reads=self._readable)
+            found.prepare(accelerator, student_reads=self.student.embedding_rows)
         live = isinstance(found, LiveTeacher) and not isinstance(found, AdapterTeacher)
         own = live and getattr(found, "model", None) is student
         self.together = own and getattr(found, "together", False)
@@ -118,39 +116,29 @@ class _Pair:
             student.to(accelerator.device)
 
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """How many ids mean the same to both; InputError if their tokens are known to differ."""
+        """The number of ids that mean the same to both; InputError if their tokens differ."""
         if self.teacher is None:
-            return self._rows  # nobody to compare with
+            return self.student.head_rows
         return vocabulary.shared_vocabulary(
-            self._rows, self.teacher.rows, tokenizer, self.teacher.tokenizer
+            self.student.head_rows, self.teacher.rows, tokenizer, self.teacher.tokenizer
         )
 
-    def logits(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What student and teacher say at the targets, (targets, vocabulary) each.
+    def logits(self, batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """The logits of student and teacher at the targets, (targets, vocabulary) each.
 
-        mask: (rows, positions) bool, the targets. A model that is its own teacher is asked once,
-        so that it agrees with itself exactly.
+        A model that is its own teacher is run once, so that it agrees with itself exactly.
         """
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-        if "attention_mask" in inputs:
-            inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
-        inputs["input_ids"] = vocabulary.known_ids(
-            inputs["input_ids"], inputs.get("attention_mask"), self._readable, "the model"
-        )
-        accepted = {k: v for k, v in inputs.items() if k in self._accepted}
-        with self._autocast():
-            logits = self.student(**accepted, use_cache=False).logits
-        ours = logits[mask.to(logits.device)].to(mask.device)
-        del logits  # before the teacher makes its own
+        inputs = self.task.model_inputs(batch)
+        ours = self.student.signal(inputs, targets, self.wrapped).logits
         if self._itself:
             return ours, ours
         if self.teacher is None:
             return ours, None
-        signal = self.teacher.signal(inputs, mask)
-        if isinstance(signal, Sparse | Sampled):
+        signal = self.teacher.signal(inputs, targets)
+        if isinstance(signal, Sampled | TopK):
             raise InputError(
-                f"the teacher {self.teacher.name!r} names only some outcomes, but these figures "
-                "compare whole distributions: evaluate with a live teacher"
+                f"the teacher {self.teacher.name!r} gives only some ids of its distributions, but "
+                "these figures compare whole distributions: evaluate with a live teacher"
             )
         return ours, signal.logits
 
@@ -165,13 +153,13 @@ def _quality(
     metrics: list[RowMetric] = [Perplexity(), BitsPerByte(), CalibrationError()]
     rows = targets = 0
     for batch in batches:
-        if batch.get("labels") is None and batch.get("shift_labels") is None:
+        if not has_labels(batch):
             raise InputError(
                 f"the evaluation batch has no labels, only {', '.join(batch)}: add a labels "
                 "column, or pass a data_collator that makes one"
             )
-        labels = target_labels(batch)
-        ours, theirs = pair.logits(batch, labels != IGNORE)
+        labels = pair.task.labels(batch)
+        ours, theirs = pair.logits(batch, pair.task.targets(batch))
         if theirs is not None and not any(isinstance(m, TeacherAgreement) for m in metrics):
             metrics.append(TeacherAgreement())
         sums = row_sums(ours, theirs, labels, shared_vocabulary)

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
 from hf_distill.losses.divergences import forward_kl
-from hf_distill.losses.objective import sum_by_row
-from hf_distill.losses.targets import IGNORE
+from hf_distill.losses.targets import IGNORE, sum_by_row
 
 BINS = 15
 """Equal-width bins of confidence for the calibration error. Source: arXiv:1706.04599."""

@@ -103,7 +103,7 @@ class _Differentiable(torch.autograd.Function):
                 "handed over in the first: compute the loss again, or set fused_head=False"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        # On a CPU, reading the factor costs nothing and saves a pass over the gradient when it is 1.
+        # On a CPU, reading the factor costs nothing and saves a pass over the gradient if it is 1.
         unchanged = grad_output.device.type == "cpu" and grad_output.item() == 1.0
         for gradient in gradients:
             if gradient is not None and not unchanged:
@@ -229,13 +229,16 @@ class _Pass:
             self.scratch.reuse()
             block = self.head.transform(self._wide(logits[part]))
             theirs = None if teacher is None else self._transformed(teacher[part])
-            arguments: Any = (block, labels[part], theirs, weights[part])
+            some = weights[part]
             if not gradient:
-                found.append(kernel.values(*arguments, self.scratch))
+                values = kernel.values(block, labels[part], theirs, some, self.scratch)
+                found.append(values)
                 continue
             in_place = logits.dtype == self.wide and self.head.transform.cap is None
             out = logits[part] if in_place else None
-            values, slopes = kernel.value_and_gradient(*arguments, out=out, new=self.scratch)
+            values, slopes = kernel.value_and_gradient(
+                block, labels[part], theirs, some, out=out, new=self.scratch
+            )
             self.head.transform.backward_(slopes, block)
             if self.dtype == torch.float16:
                 slopes.mul_(FLOAT16_SCALE)
@@ -291,9 +294,9 @@ def _add_product_(total: Tensor, logits: Tensor, states: Tensor, *, add: bool) -
 def _float16_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b summed and returned in float32.
 
-    In float16 the sum itself can overflow (one outlier dimension of the hidden states and a frequent
-    label are enough), and no loss scale could prevent it, since gradients are made in forward.
+    In float16 the sum itself can overflow: one outlier dimension of the hidden states and a
+    frequent label are enough. No loss scale could prevent it, since gradients are made in forward.
     """
     if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+        return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())

@@ -108,12 +108,20 @@ class Objective:
     def weights(self, targets: Targets, counts: Mapping[str, Tensor]) -> Weights:
         """The weights of these targets: numbers where the batch gives none, else tensors."""
         ce = _weight(1 - self.alpha, targets.ce_weight, counts, "ce_targets")
-        divergence = _weight(
-            self.alpha, targets.divergence_weight, counts, "divergence_targets"
-        )
-        return Weights(
-            ce, divergence, self.temperature, self.divergence, self.shared_vocabulary
-        )
+        divergence = _weight(self.alpha, targets.divergence_weight, counts, "divergence_targets")
+        return Weights(ce, divergence, self.temperature, self.divergence, self.shared_vocabulary)
+
+    def weighted(
+        self, per_target: Mapping[str, Tensor], targets: Targets
+    ) -> dict[str, tuple[Tensor, str]]:
+        """Values times their weights, (targets,) each, with the name of what divides their sum."""
+        found = {}
+        for name, values in per_target.items():
+            of_labels = name in ("ce", "teacher_ce")
+            weight = targets.ce_weight if of_labels else targets.divergence_weight
+            denominator = "ce_targets" if of_labels else "divergence_targets"
+            found[name] = (values if weight is None else values * weight, denominator)
+        return found
 
 
 def plain_loss(

@@ -48,7 +48,9 @@ class Targets:
     @property
     def mask(self) -> Tensor:
         """(rows, positions) bool."""
-        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.index.device)
+        flat = torch.zeros(
+            self.shape[0] * self.shape[1], dtype=torch.bool, device=self.index.device
+        )
         return flat.index_fill_(0, self.index, True).view(self.shape)
 
     @property
@@ -100,8 +102,9 @@ def count_by_row(labels: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """
     targets = labels != IGNORE
     mask = batch.get("attention_mask")
-    two_dimensional = mask is not None and mask.dim() == 2
-    attended = (mask != 0).to(labels.dtype) if two_dimensional else torch.ones_like(labels)
+    attended = torch.ones_like(labels)
+    if mask is not None and mask.dim() == 2:
+        attended = (mask != 0).to(labels.dtype)
     counts = [targets.sum(-1), attended.sum(-1), labels.new_ones(len(labels))]
     for name in WEIGHTS:
         weight = batch.get(name)

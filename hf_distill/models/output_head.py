@@ -1,9 +1,9 @@
-"""A model's own forward, with something else in the place of its output head.
+"""Replace a model's output head for one forward.
 
-The fused head needs the hidden states that go into the output head, and the head's weight, at a
-moment when both are there: inside the wrapped model's forward, where DDP's reducer, the gathering
-hooks of ZeRO-3 and FSDP2, autocast and gradient checkpointing do their work as for any forward.
-So the head's `forward` is replaced on the instance, for one call.
+The fused head needs the inputs of the output head, and the head's weight, while both exist: inside
+the wrapped model's own forward, where DDP's reducer, the gathering hooks of ZeRO-3 and FSDP2,
+autocast and gradient checkpointing run as usual. So the `forward` of the head is replaced on the
+instance, for one call.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_distill.losses.fused_head import Finish, Head
+from hf_distill.losses.linear_head import LinearHead, LogitTransform
 
 T = TypeVar("T")
 
-# Put in place of logits: small and large ones, so that scaling and capping both show.
+# Returned in place of logits: small and large values, so that scaling and capping both show.
 PROBE = (-60.0, -1.0, 0.0, 0.5, 60.0)
 
 
-class UnusualHead(Exception):
+class UnsupportedHead(Exception):
     """This head cannot be replaced, and why."""
 
 
-class StandIn:
-    """The place of a model's output head.
+class HeadReplacement:
+    """The output head of a model, replaceable for one forward.
 
     model: not yet wrapped by an engine
-    adapter: which of a `peft` model's adapters it will run with: None for the active one, "" for
+    adapter: which of a `peft` model's adapters will be active: None for the current one, "" for
         none of them
-    raises: UnusualHead unless the head is a plain linear layer
+    raises: UnsupportedHead unless the head is a plain linear layer
     """
 
     def __init__(self, model: PreTrainedModel, adapter: str | None = None) -> None:
         self.module = _linear_head(model, adapter)
-        self.finish = _after_the_head(model)
+        self.transform = _logit_transform(model)
         self._probed = False
 
-    def run(
+    def forward(
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        use: Callable[[Tensor, Head], tuple[T, Tensor | None]],
+        use: Callable[[Tensor, LinearHead], tuple[T, Tensor | None]],
     ) -> tuple[Any, T]:
-        """One forward of the model, wrapped or not, in which `use` takes the head's place.
+        """Run one forward of the model, wrapped or not, with `use` in place of the head.
 
-        use: gets the hidden states (rows, positions, width) and the head, in the forward's own
-            autocast; returns a result, and a loss where one is to be trained on
-        returns: the model's outputs and the result. `outputs.logits` are only there for what hangs
-            on the outputs of a module: they are to be added to the loss, times zero.
-        raises: UnusualHead if the head was not called once, or its logits were changed afterwards
-            in a way that the config does not tell
+        use: called with the hidden states (rows, positions, width) and the head, in the forward's
+            own autocast; returns a result, and a loss if one is to be trained on
+        returns: the model's outputs and the result. `outputs.logits` are placeholders; add them to
+            the loss times zero, for hooks that wait for the gradient of a module's output
+        raises: UnsupportedHead if the head was not called exactly once, or the model does something
+            to its logits afterwards that its config does not state
         """
         results: list[T] = []
 
         def in_place_of_the_head(hidden: Tensor) -> Tensor:
-            head = Head(self.module.weight, self.module.bias, self.finish)
+            head = LinearHead(self.module.weight, self.module.bias, self.transform)
             result, loss = use(hidden, head)
             results.append(result)
             probe = torch.tensor(PROBE, device=hidden.device)
@@ -74,40 +74,48 @@ class StandIn:
         self.module.forward = in_place_of_the_head  # type: ignore[method-assign, assignment]
         try:
             outputs = model(**inputs, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            if not results or self._probed:
+                raise
+            # After the head: its logits met something as wide as the vocabulary.
+            raise UnsupportedHead("its forward needs whole logits after the head") from error
         finally:
             del self.module.forward
         if len(results) != 1:
-            raise UnusualHead(f"its forward called the output head {len(results)} times, not once")
+            raise UnsupportedHead(
+                f"its forward called the output head {len(results)} times, not once"
+            )
         if not self._probed:
             self._check_probe(outputs.logits)
             self._probed = True
         return outputs, results[0]
 
     @contextmanager
-    def whole_head(self, head: Head) -> Iterator[Head]:
-        """The head as it is now, its weight gathered where an engine keeps it in shards.
+    def gathered(self, head: LinearHead) -> Iterator[LinearHead]:
+        """The head as it is now, its weight whole where an engine keeps it in shards.
 
-        A collective of all processes, if so.
+        With a sharded head, a collective of all processes.
         """
         parts = [part for part in (self.module.weight, self.module.bias) if part is not None]
-        # Of a student's own forward, ZeRO-3 may have the weight gathered already, and would be
-        # confused to find it given away.
-        away = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
-        with _gathered(away), torch.no_grad():
+        # Inside the student's forward ZeRO-3 may already have gathered the weight; releasing it
+        # here would break its bookkeeping.
+        sharded = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
+        with _gathered(sharded), torch.no_grad():
             weight, *bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
-            yield Head(weight, bias[0] if bias else None, head.finish)
+            yield LinearHead(weight, bias[0] if bias else None, head.transform)
 
     def _check_probe(self, logits: Tensor) -> None:
         found = logits.detach().float().cpu()
-        expected = torch.tensor(PROBE)
-        expected = self.finish(expected).expand_as(found)
-        # What is not finite comes from the loss, which is somebody else's to complain about.
+        expected = self.transform(torch.tensor(PROBE)).expand_as(found)
+        # Values that are not finite come from the loss, which has a check of its own.
         if found.isfinite().all() and not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-            raise UnusualHead("it changes its logits in a way that its config does not tell")
+            raise UnsupportedHead("it changes its logits in a way that its config does not state")
 
 
 def _gathered(parameters: list[Any]) -> Any:
-    """ZeRO-3's parameters, whole while this lasts; the library is only there where they are."""
+    """Gather ZeRO-3 parameters inside a context. DeepSpeed is imported only where it is used."""
     if not parameters:
         return nullcontext()
     from deepspeed.zero import GatheredParameters
@@ -124,16 +132,17 @@ def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     if isinstance(head, BaseTunerLayer) and adapter == "":
         head = head.get_base_layer()
     if type(head) is not nn.Linear:
-        raise UnusualHead(f"its output head is a {type(head).__name__}, not a plain linear layer")
+        kind = type(head).__name__
+        raise UnsupportedHead(f"its output head is a {kind}, not a plain linear layer")
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        raise UnusualHead("its output head has hooks")
+        raise UnsupportedHead("its output head has hooks")
     return head
 
 
-def _after_the_head(model: PreTrainedModel) -> Finish:
-    """What the config tells about the way from the head's product to the logits."""
+def _logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """What the config states about the way from the head's product to the logits."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Finish(scale, getattr(config, "final_logit_softcapping", None))
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

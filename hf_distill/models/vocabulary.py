@@ -1,6 +1,8 @@
-"""Do two models mean the same token by the same id, and how far?"""
+"""Check that student and teacher share a vocabulary, and how many ids they share."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,18 +11,18 @@ from hf_distill.errors import InputError, warn_once
 
 
 def head_rows(model: PreTrainedModel) -> int:
-    """How many ids a model's output head predicts, padding rows included."""
+    """The number of ids that a model's output head predicts, padding rows included."""
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(
             f"{type(model).__name__} has no language-model head: load it with AutoModelForCausalLM"
         )
-    # A ZeRO-3 weight is empty between uses, so that a layer's own word is asked first.
+    # A ZeRO-3 weight is empty between uses; the layer's own attribute is not.
     return getattr(head, "out_features", None) or head.weight.shape[0]
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many ids a model can read."""
+    """The number of ids that a model's input embedding has."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         return embedding.num_embeddings
@@ -28,11 +30,11 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader: str) -> Tensor:
-    """Ids that an embedding lacks, replaced where they are masked and refused where they are real.
+    """Replace ids that an embedding lacks by 0 where they are masked; refuse them elsewhere.
 
     ids, attention_mask: (rows, positions); readable: how many ids the embedding has
-    reader: who reads them, for the error
-    raises: InputError naming the largest real id that is unknown
+    reader: the model's role, used in the error message
+    raises: InputError naming the largest unknown id that is not masked
     """
     unknown = ids >= readable
     real = unknown if attention_mask is None else unknown & (attention_mask != 0)
@@ -48,9 +50,10 @@ def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader:
 def first_difference(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> tuple[int, str | None, str | None] | None:
-    """The first id that stands for different tokens, with both tokens; else None.
+    """The first id that stands for different tokens, with both tokens; None if there is none.
 
-    Ids beyond the shorter vocabulary (an added ``<pad>``) are no difference: they are not shared.
+    Ids beyond the shorter vocabulary (an added ``<pad>``) are not compared, since they are not
+    shared.
     """
     ids = range(min(len(student), len(teacher)))
     ours, theirs = (
@@ -69,10 +72,10 @@ def shared_vocabulary(
     student_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
-    """How many ids, from 0 on, both models share; the divergence runs over these.
+    """The number of ids, from 0 on, that both models share. The divergence runs over these.
 
-    Head rows beyond a tokenizer (50257 tokens in 50304 rows) are shared by nobody. Where a
-    tokenizer is missing, one warning says that the tokens were not compared.
+    Head rows beyond a tokenizer (50257 tokens in 50304 rows) are not shared. Where a tokenizer is
+    missing, one warning says that the tokens were not compared.
     raises: InputError naming the first token that differs
     """
     shared = min(student_rows, teacher_rows)
@@ -92,8 +95,17 @@ def shared_vocabulary(
     if difference is not None:
         index, ours, theirs = difference
         raise InputError(
-            f"student and teacher have different tokenizers: id {index} is {ours!r} to the student "
-            f"and {theirs!r} to the teacher, so their distributions cannot be compared; "
+            f"student and teacher have different tokenizers: id {index} is {ours!r} for the "
+            f"student and {theirs!r} for the teacher, so their distributions cannot be compared; "
             "use a student with the teacher's tokenizer"
         )
     return shared
+
+
+def suppress_unused_ids(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Keep generation from drawing head rows beyond the tokenizer, in the model's own config."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not model.can_generate():
+        return
+    if unused := range(len(tokenizer), head_rows(model)):
+        config: Any = model.generation_config
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *unused})

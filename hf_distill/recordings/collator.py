@@ -1,9 +1,9 @@
-"""From rows that carry recordings to a batch that does, whatever collator pads them."""
+"""Collate rows that carry recordings: verify each one and scatter it to the targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import InputError
-from hf_distill.losses.targets import IGNORE, target_labels
+from hf_distill.losses.targets import IGNORE
 from hf_distill.recordings import codec
 from hf_distill.recordings.row_format import COLUMN, Header, read, row_hash
+from hf_distill.tasks import CausalLM, Task
 
 # What a batch carries: (rows, positions, ...) each, zeros where there is no target.
 NAMES = {
@@ -41,7 +42,7 @@ class RecordingCollator:
     collator: rows to a padded batch with labels
     expected: what every row's recording must say of kind, k, temperature, vocabulary, teacher and
         tokenizer; its `row` and `targets` are not looked at
-    mixed: rows may have different teachers
+    mixed: rows may have different teachers; task: what says which positions are targets
     returns: the collator's batch and the tensors of `NAMES`; the batch alone where no row has a
         recording
     raises: InputError naming the row in the batch and the reason
@@ -50,6 +51,7 @@ class RecordingCollator:
     collator: Callable[[list[Any]], dict[str, Any]]
     expected: Header
     mixed: bool = False
+    task: Task = field(default_factory=CausalLM)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         plain = [{k: v for k, v in row.items() if k != COLUMN} for row in rows]
@@ -57,8 +59,8 @@ class RecordingCollator:
         values = [row.get(COLUMN) for row in rows]
         if all(value is None for value in values):
             return batch
-        labels = target_labels(batch)
-        starts = starts_of(batch, labels)
+        labels = self.task.labels(batch)
+        starts = starts_of(batch, len(rows))
         decoded = []
         for number, (row, value) in enumerate(zip(plain, values, strict=True)):
             if value is None:
@@ -114,11 +116,11 @@ def _belongs_elsewhere(number: int, header: Header, targets: int) -> str:
     )
 
 
-def starts_of(batch: Mapping[str, Any], labels: Tensor) -> list[int]:
-    """Where each row begins in the padded batch."""
+def starts_of(batch: Mapping[str, Any], rows: int) -> list[int]:
+    """The position of each row's first token in the padded batch."""
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2:
-        return [0] * len(labels)
+        return [0] * rows
     return (mask != 0).int().argmax(-1).tolist()
 
 

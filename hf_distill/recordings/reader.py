@@ -1,4 +1,4 @@
-"""A teacher that spoke before: its words come with the batch."""
+"""Read recordings: the signal in a batch, the header of a data set, and what they fit."""
 
 from __future__ import annotations
 
@@ -6,39 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from hf_distill.errors import InputError
 from hf_distill.losses import divergences
 from hf_distill.losses.divergences import Divergence
-from hf_distill.losses.fused_head import Logits, Signal
-from hf_distill.losses.kernels.torch import Sampled, Sparse
+from hf_distill.losses.signals import Logits, Sampled, Signal, TopK
+from hf_distill.losses.targets import Targets
 from hf_distill.recordings.collator import ALL_NAMES, header_of
 from hf_distill.recordings.row_format import COLUMN, Header
 
 
-def recorded_signal(batch: Mapping[str, Any], targets: Tensor) -> Signal | None:
-    """The signal that a batch brings along (`RecordingCollator`); None where it brings none.
-
-    targets: (rows, positions) bool
-    """
+def recorded_signal(batch: Mapping[str, Any], targets: Targets) -> Signal | None:
+    """The signal that a batch carries (see `RecordingCollator`); None where it carries none."""
     if "teacher_logits" in batch:
-        return Logits(batch["teacher_logits"][targets])
+        return Logits(targets.select(batch["teacher_logits"]))
     if "teacher_ids" not in batch:
         return None
-    ids = batch["teacher_ids"][targets]
     if "teacher_weights" in batch:
-        return Sampled(ids, batch["teacher_weights"][targets], batch["teacher_entropy"][targets])
-    return Sparse(ids, batch["teacher_log_probs"][targets], batch["teacher_log_tail"][targets])
+        names = ("teacher_ids", "teacher_weights", "teacher_entropy")
+        return Sampled(*(targets.select(batch[name]) for name in names))
+    names = ("teacher_ids", "teacher_log_probs", "teacher_log_tail")
+    return TopK(*(targets.select(batch[name]) for name in names))
 
 
 def without_recording(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch as models see it."""
+    """The batch without its recordings."""
     return {name: value for name, value in batch.items() if name not in ALL_NAMES}
 
 
 def first_header(dataset: Any, what: str) -> Header | None:
-    """What a data set's first row says of its recording; None where it has none.
+    """The header of the recording in a data set's first row; None where there is none.
 
     dataset: anything with rows that are mappings; a stream is asked for its first row
     what: "the training set", for errors
@@ -63,7 +60,7 @@ def check_recording(
     if header.kind != "full" and np.float32(header.temperature) != np.float32(temperature):
         raise InputError(
             f"{what} was recorded at temperature {header.temperature:g}, but temperature is "
-            f"{temperature:g}, and what a teacher says at one cannot be had from the other: set "
+            f"{temperature:g}, and one temperature cannot be computed from the other: set "
             f"temperature to {header.temperature:g}, or record again at {temperature:g}"
         )
     if header.kind == "sampled" and divergence is not divergences.forward_kl:

@@ -1,4 +1,4 @@
-"""What one teacher says of rows, as the bytes that are kept in them."""
+"""Run a teacher over rows and encode its outputs, one value of bytes for each row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.data import Collator, collator
 from hf_distill.errors import InputError
-from hf_distill.losses.fused_head import Hidden, Logits, whole
-from hf_distill.losses.targets import IGNORE, position_ids, target_labels
+from hf_distill.losses.signals import Hidden, Logits, whole
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recordings import codec
 from hf_distill.recordings.codec import KINDS, TopK
 from hf_distill.recordings.collator import header_of, starts_of
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.row_format import Header, model_hash, row_hash, tokenizer_hash, write
+from hf_distill.tasks import CausalLM, find_task
 from hf_distill.teachers import Teacher, as_teacher
 
-LABELS = ("labels", "shift_labels")
 CHUNK_BYTES = 2**27  # what the logits of one chunk of targets may take
 
 
@@ -74,6 +73,8 @@ class Scribe:
         if found is None:
             raise InputError("there is no teacher to record: give a model, its id or its path")
         self.settings, self.teacher, self.device = settings, found, accelerator.device
+        model = getattr(found, "model", None)
+        self.task = CausalLM() if model is None else find_task(model, "teacher")
         self.rounding: float | None = None  # of the first batch that `values` last saw
         tokenizer = tokenizer or found.tokenizer
         self.collate = data_collator or _collator(tokenizer)
@@ -137,13 +138,12 @@ class Scribe:
 
     def _batch(self, rows: list[Mapping[str, Any]], generator: torch.Generator) -> list[bytes]:
         batch = self.collate(rows)
-        labels = target_labels(batch)
-        targets = labels != IGNORE
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in LABELS}
-        if "attention_mask" in inputs:
-            inputs.setdefault("position_ids", position_ids(inputs["attention_mask"]))
-        wanted = labels[targets].to(self.device)
-        signal = self.teacher.signal(inputs, targets.to(self.device))
+        targets = self.task.targets(batch)
+        on_device = {k: v.to(self.device) for k, v in batch.items()}
+        signal = self.teacher.signal(
+            self.task.model_inputs(on_device), self.task.targets(on_device)
+        )
+        wanted = targets.labels.to(self.device)
         if not isinstance(signal, Hidden | Logits):
             raise InputError("a recorded teacher cannot be recorded again: give the live one")
         chunk = max(1, CHUNK_BYTES // (4 * self.teacher.rows))
@@ -158,9 +158,9 @@ class Scribe:
         if self.rounding is None and isinstance(said, TopK):
             self.rounding = rounding(said, self.header.vocabulary)
         values, at = [], 0
-        starts = starts_of(batch, labels)
+        starts, mask = starts_of(batch, len(rows)), targets.mask
         for number, row in enumerate(rows):
-            places = targets[number].nonzero()[:, 0].numpy() - starts[number]
+            places = mask[number].nonzero()[:, 0].numpy() - starts[number]
             mine = slice(at, at + len(places))
             at += len(places)
             header = replace(

@@ -1,4 +1,4 @@
-"""Where the teacher's distributions come from. The objective does not know which it is."""
+"""Teachers: live models, the student's own base, and where their weights are stored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_teacher(
     placement: str = "auto",
     **model_kwargs: Any,
 ) -> Teacher | None:
-    """A teacher from whatever a user has at hand; None stays None.
+    """Make a teacher of a model, an id, a path or an object with the protocol; None stays None.
 
     tokenizer: the teacher's; whole_logits, placement: see `LiveTeacher`
     model_kwargs: for `from_pretrained`, where it is an id or a path
@@ -44,7 +44,7 @@ def as_teacher(
     if isinstance(teacher, AdapterTeacher) and placement in ("sharded", "offloaded"):
         raise InputError(
             f"teacher_placement is {placement!r}, but this teacher has the student's own weights, "
-            "which lie where the student's engine has them: leave teacher_placement at 'auto'"
+            "whose place the student's engine decides: leave teacher_placement at 'auto'"
         )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher

@@ -1,4 +1,4 @@
-"""The student's own base, or another adapter on it, as its teacher: one set of weights."""
+"""A teacher that shares the student's weights: its base model, or another adapter on it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.losses.fused_head import Signal
+from hf_distill.losses.signals import Signal
+from hf_distill.losses.targets import Targets
 from hf_distill.teachers.live import LiveTeacher
 
 
 class AdapterTeacher(LiveTeacher):
-    """A `peft` model that teaches itself: without its adapter, or with another one.
+    """A `peft` model as its own teacher: without its adapter, or with another one.
 
     model: the student; in `evaluate_student`, any `peft` model
-    adapter: the name of the adapter that teaches; None for the base model without any
-    tokenizer: the student's, which is the teacher's too
+    adapter: the name of the teaching adapter; None for the base model without any
+    tokenizer: the student's, which is also the teacher's
     raises: InputError for an adapter that the model does not have, or that is being trained
     """
 
@@ -51,25 +51,29 @@ class AdapterTeacher(LiveTeacher):
                 "itself: name another one, or None for the base model"
             )
         self.adapter = adapter
-        # No adapter stands for "": whose head it is decides how it is stood in for.
-        self._ask(model, tokenizer, whole_logits=whole_logits, adapter=adapter or "")
+        # "" stands for no adapter: which head is replaced depends on it.
+        self._set_up(model, tokenizer, whole_logits=whole_logits, adapter=adapter or "")
         self.name = f"{self.name} ({f'adapter {adapter}' if adapter else 'adapter off'})"
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
-        """Nothing has to move: the student's engine has its weights."""
+        """Nothing has to move: the student's engine has the weights."""
         accelerator.print(f"teacher: {self.name}, the student's own weights")
         self._follow(accelerator, student_reads)
 
-    def signal(self, inputs: Mapping[str, Any], targets: Tensor) -> Signal:
-        """As any teacher's; the student is afterwards as it was."""
-        with self._speaking():
+    def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
+        """As for any live teacher. Afterwards the student is as it was."""
+        with self._teaching():
             return super().signal(inputs, targets)
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def _teaching(self) -> Iterator[None]:
+        """The teaching adapter active, or none; the student's adapters, modes and flags restored.
+
+        The tuner holds all active adapters; the `peft` model itself knows only one of them.
+        """
         model = self.model
-        training, active = model.training, model.active_adapters[0]
-        # peft changes these when it switches adapters, and would train what was frozen.
+        training, active, current = model.training, model.active_adapters, model.active_adapter
+        # peft changes these flags when it switches adapters, and would train what was frozen.
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             if self.adapter is None:
@@ -78,8 +82,10 @@ class AdapterTeacher(LiveTeacher):
             else:
                 model.set_adapter(self.adapter, inference_mode=True)
                 yield
-                model.set_adapter(active)
         finally:
+            if self.adapter is not None:
+                model.set_adapter(current)
+                model.base_model.set_adapter(list(active))
             model.train(training)
             with torch.no_grad():
                 for parameter, flag in flags:

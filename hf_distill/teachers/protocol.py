@@ -1,4 +1,4 @@
-"""What the trainer asks of any teacher."""
+"""The interface of a teacher."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.losses.fused_head import Signal
+from hf_distill.losses.signals import Signal
+from hf_distill.losses.targets import Targets
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Turns a batch into a signal. Any object with these members can teach.
+    """Turns a batch into a signal. Any object with these members can be a teacher.
 
-    name: an id for logs and model cards; rows: how many ids it predicts
-    tokenizer: the teacher's own, where it is known, for the check that the ids mean the same
-    An attribute `together`, if it has one and it is True, says that the teacher can only be asked
-    by all processes at once (its weights lie in shards).
+    name: an id for logs and model cards; rows: the number of ids that it predicts
+    tokenizer: the teacher's own, if it is known, to check that the ids mean the same
+    A teacher may have an attribute `together`. True means that all processes have to call `signal`
+    at once, because its weights are in shards.
     """
 
     name: str
@@ -27,13 +27,14 @@ class Teacher(Protocol):
     tokenizer: PreTrainedTokenizerBase | None
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
-        """Take the place that training will find it in (device, shards). Called once.
+        """Move the weights to where training needs them (device, shards). Called once.
 
-        student_reads: how many ids the student can read, and batches may therefore hold
+        student_reads: the number of ids in the student's embedding, which batches may hold
         """
 
-    def signal(self, inputs: Mapping[str, Any], targets: Tensor) -> Signal:
-        """The teacher's word on the targets.
+    def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
+        """Return the teacher's signal at the target positions.
 
-        inputs: the batch, without labels; targets: (rows, positions) bool
+        inputs: the batch, without labels; targets: `targets.select(logits)` takes the targets out
+            of a (rows, positions, ...) tensor, `targets.mask` is (rows, positions) bool
         """

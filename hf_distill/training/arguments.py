@@ -1,4 +1,4 @@
-"""What can be set about a distillation, beside everything that `TrainingArguments` has."""
+"""The settings of a distillation, beside those of `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_distill.teachers.placement import check_placement
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the objective of a distillation.
+    """`transformers.TrainingArguments` with the settings of a distillation.
 
     raises: InputError for a value out of range or an option that a distillation cannot honour
     """
@@ -50,14 +50,14 @@ class DistillationArguments(TrainingArguments):
     fused_head: bool = field(
         default=True,
         metadata={
-            "help": "Make loss and gradients at the output head chunk by chunk, never holding "
-            "whole logits. Where the head is not a plain linear layer, this is off by itself."
+            "help": "Compute loss and gradients at the output head chunk by chunk, without whole "
+            "logits. A head that is not a plain linear layer switches this off, with a message."
         },
     )
     head_memory_mb: int | None = field(
         default=None,
         metadata={
-            "help": "What the logits of student and teacher may take at a time, in MB; by default "
+            "help": "Memory for the logits of student and teacher at a time, in MB; by default "
             "136, or three quarters of the output head's gradient where that is more."
         },
     )
@@ -65,11 +65,32 @@ class DistillationArguments(TrainingArguments):
         default=False,
         metadata={"help": "Let rows have recordings of different teachers."},
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Raw rows (text, prompt/completion, messages): the most tokens of a row. By "
+            "default 1024, or as many as student and tokenizer take."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Raw rows: fill rows of max_length tokens with several documents."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Raw rows: learn completions only. By default True for prompt/completion rows."
+        },
+    )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={"help": "Raw rows of messages: learn the assistant's turns only."},
+    )
     teacher_placement: str = field(
         default="auto",
         metadata={
-            "help": "Where the teacher's weights lie: 'replicated' on every device, 'sharded' over "
-            "them, 'offloaded' to the CPU, or 'auto', which chooses by their size."
+            "help": "Where the teacher's weights are stored: 'replicated' on every device, "
+            "'sharded' over them, 'offloaded' to the CPU, or 'auto', which chooses by their size."
         },
     )
     teacher_model_kwargs: dict[str, Any] | str | None = field(
@@ -82,12 +103,12 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check_ranges()
+        self.check_ranges()
         super().__post_init__()
         self._refuse_unsupported()
 
     def model_kwargs(self, role: str) -> dict[str, Any]:
-        """What to pass to `from_pretrained` for the "teacher" or the "student"."""
+        """The keywords of `from_pretrained` for the "teacher" or the "student"."""
         value = getattr(self, f"{role}_model_kwargs")
         return value if isinstance(value, dict) else {}  # post-init has read any JSON string
 
@@ -118,7 +139,8 @@ class DistillationArguments(TrainingArguments):
                 "averages losses wrongly: start it with `accelerate launch`"
             )
 
-    def _check_ranges(self) -> None:
+    def check_ranges(self) -> None:
+        """InputError for a value out of range; again where values change after construction."""
         named_divergence(self.divergence)
         check_placement(self.teacher_placement)
         ranges = {
@@ -130,6 +152,7 @@ class DistillationArguments(TrainingArguments):
                 "at least 1",
             ),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
+            "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
         }
         for name, (fits, allowed) in ranges.items():
             if not fits:

@@ -12,15 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gradients import DIVERGENCES
+from test_closed_forms import DIVERGENCES
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.losses import divergences
 from hf_distill.losses import fused_head as head
-from hf_distill.losses.fused_head import Finish, Head, Hidden, Logits, Signal, fused_loss
-from hf_distill.losses.kernels import torch as blocks
-from hf_distill.losses.kernels.torch import Sparse, Weights
+from hf_distill.losses.fused_head import fused_loss
+from hf_distill.losses.kernels import torch as kernel
+from hf_distill.losses.linear_head import LinearHead, LogitTransform
+from hf_distill.losses.signals import Hidden, Logits, Signal, TopK
+from hf_distill.losses.weights import Weights
 
 FUNCTIONS = [*DIVERGENCES, oracle.squared_hellinger]
 ENDS: dict[str, dict[str, Any]] = {
@@ -53,9 +55,9 @@ class Batch:
         self.hidden = (make(targets, 8) * size).requires_grad_()
         self.weight = make(ids, 8).requires_grad_()
         self.bias = make(ids).requires_grad_() if bias else None
-        finish = Finish(scale, cap)
-        self.head = Head(self.weight, self.bias, finish)
-        self.teacher = Hidden(make(targets, 12) * size, Head(make(theirs, 12), None, finish))
+        finish = LogitTransform(scale, cap)
+        self.head = LinearHead(self.weight, self.bias, finish)
+        self.teacher = Hidden(make(targets, 12) * size, LinearHead(make(theirs, 12), None, finish))
         self.labels = torch.randint(0, self.shared, (targets,))
 
     @property
@@ -77,8 +79,8 @@ class Batch:
 
     def plain(self, weights: Weights, scale: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
         """Whole logits, autograd; the loss, CE and divergence of each target."""
-        z = F.linear(self.hidden, self.weight, self.bias) * self.head.finish.scale
-        if (cap := self.head.finish.cap) is not None:
+        z = F.linear(self.hidden, self.weight, self.bias) * self.head.transform.scale
+        if (cap := self.head.transform.cap) is not None:
             z = cap * torch.tanh(z / cap)
         w, n, temperature = self.teacher.logits.to(z.dtype), self.shared, weights.temperature
         ce = F.cross_entropy(z, self.labels, reduction="none")
@@ -181,10 +183,10 @@ def test_bfloat16_is_no_further_from_the_truth_than_autocast() -> None:
             value = getattr(batch, name).detach().double().requires_grad_()
             setattr(exact, name, value)
         states, theirs = batch.teacher.states, batch.teacher.head.weight
-        exact.teacher = Hidden(states.double(), Head(theirs.double()))
+        exact.teacher = Hidden(states.double(), LinearHead(theirs.double()))
         exact.labels = batch.labels
         truth = torch.autograd.grad(exact.plain(weights)[0], exact.inputs)
-        batch.teacher = Hidden(states.bfloat16(), Head(theirs))
+        batch.teacher = Hidden(states.bfloat16(), LinearHead(theirs))
         with torch.autocast("cpu", torch.bfloat16):
             fused = torch.autograd.grad(batch.fused(weights)[0], batch.inputs)
             z = F.linear(batch.hidden, batch.weight)  # bf16, as Hugging Face has it
@@ -226,7 +228,7 @@ def test_a_frozen_head_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the product for the head's gradient was made")
 
-    monkeypatch.setattr(head, "_product_", never)
+    monkeypatch.setattr(head, "_add_product_", never)
     batch = Batch()
     expected = torch.autograd.grad(batch.plain(weigh(divergences.jsd))[0], batch.hidden)
     batch.weight.requires_grad_(False)
@@ -309,7 +311,7 @@ def test_handed_over_logits_are_the_same() -> None:
     )
 
 
-def sparse_of(logits: Tensor, temperature: float, unused: bool) -> Sparse:
+def sparse_of(logits: Tensor, temperature: float, unused: bool) -> TopK:
     """The three most likely ids of each row, in half of the rows only two."""
     p = F.softmax(logits.double() / temperature, -1)
     top = p.topk(3)
@@ -317,10 +319,10 @@ def sparse_of(logits: Tensor, temperature: float, unused: bool) -> Sparse:
     if unused:
         ids[::2, 2], probs[::2, 2] = -1, 0.0
     tail = 1 - probs.sum(-1)
-    return Sparse(ids, probs.log().to(logits.dtype), tail.log().to(logits.dtype))
+    return TopK(ids, probs.log().to(logits.dtype), tail.log().to(logits.dtype))
 
 
-def sparse_truth(batch: Batch, sparse: Sparse, weights: Weights, name: str) -> Tensor:
+def sparse_truth(batch: Batch, sparse: TopK, weights: Weights, name: str) -> Tensor:
     """In probability space, target by target."""
     total = torch.zeros(()).double()
     for t in range(len(batch.labels)):
@@ -370,9 +372,9 @@ def test_a_sparse_teacher(name: str, function: Any, temperature: float, unused: 
 def test_a_sparse_teacher_without_a_tail_left() -> None:
     """All of the student's mass on the named ids: nothing to share, no NaN."""
     logits = torch.tensor([[1e4, 0.0, -1e4, -1e4]])
-    teacher = Sparse(torch.tensor([[0, 1]]), torch.tensor([[-0.1, -3.0]]), torch.tensor([-3.5]))
+    teacher = TopK(torch.tensor([[0, 1]]), torch.tensor([[-0.1, -3.0]]), torch.tensor([-3.5]))
     for function in FUNCTIONS:
-        values, gradient = blocks.judge(
+        values, gradient = kernel.value_and_gradient(
             logits.clone(), torch.tensor([0]), teacher, weigh(function, shared=4)
         )
         assert gradient.isfinite().all()

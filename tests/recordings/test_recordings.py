@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trainer_setup import VOCABULARY, arguments, make_rows, small_model, weights
 
-from hf_distill import DistillationTrainer, InputError, divergences, load_recording, record
+from hf_distill import DistillationTrainer, InputError, load_recording, record
 from hf_distill.data import Collator
-from hf_distill.losses.kernels.torch import Sampled, Sparse, Weights, judge, outcomes
+from hf_distill.losses import divergences
+from hf_distill.losses.kernels.torch import outcomes, value_and_gradient
+from hf_distill.losses.signals import Sampled
+from hf_distill.losses.signals import TopK as TopKSignal
+from hf_distill.losses.weights import Weights
 from hf_distill.recordings import COLUMN, codec
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.recorder import RecordingSettings, estimate
@@ -154,9 +158,9 @@ def test_top_k_is_the_coarse_grained_divergence(divergence: Any) -> None:
     named = torch.cat([torch.from_numpy(said.ids), label_ids], 1)
     log_label = torch.from_numpy(np.nan_to_num(said.log_label))[:, None]
     log_probs = torch.cat([torch.from_numpy(said.log_probs), log_label], 1)
-    signal = Sparse(named, log_probs, torch.from_numpy(said.log_tail))
+    signal = TopKSignal(named, log_probs, torch.from_numpy(said.log_tail))
     weights = Weights(0.0, 1.0, 1.0, divergence, ids)
-    values, gradient = judge(logits.clone(), labels, signal, weights)
+    values, gradient = value_and_gradient(logits.clone(), labels, signal, weights)
 
     leaf = logits.double().requires_grad_()
     log_q, log_p = leaf.log_softmax(-1), teacher.double().log_softmax(-1)
@@ -176,7 +180,7 @@ def test_sampled_converges_to_the_full_gradient_at_the_rate_of_draws() -> None:
     logits, teacher = torch.randn(1, 30), torch.randn(1, 30) * 2
     weights = Weights(0.0, 1.0, 1.0, divergences.forward_kl, 30)
     labels = torch.zeros(1, dtype=torch.int64)
-    exact, slope = judge(logits.clone(), labels, teacher, weights)
+    exact, slope = value_and_gradient(logits.clone(), labels, teacher, weights)
     generator = torch.Generator().manual_seed(1)
 
     def error(draws: int, repeats: int = 40) -> tuple[float, float]:
@@ -188,7 +192,7 @@ def test_sampled_converges_to_the_full_gradient_at_the_rate_of_draws() -> None:
                 torch.from_numpy(said.counts / draws).float(),
                 torch.from_numpy(said.entropy),
             )
-            value, found = judge(logits.clone(), labels, signal, weights)
+            value, found = value_and_gradient(logits.clone(), labels, signal, weights)
             squares.append(float((found - slope).square().sum()))
             values.append(float(value["divergence"]))
         mean = sum(values) / repeats
@@ -206,7 +210,7 @@ def test_outcomes_of_recorded_teacher_sum_to_one(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, data)
     batch = next(iter(trainer.get_train_dataloader()))
     targets = batch["teacher_ids"][..., 0] >= 0
-    signal = Sparse(
+    signal = TopKSignal(
         batch["teacher_ids"][targets],
         batch["teacher_log_probs"][targets],
         batch["teacher_log_tail"][targets],
@@ -380,14 +384,14 @@ def test_rows_without_a_recording_are_refused_where_nobody_can_be_asked(tmp_path
     whole = recorded(tmp_path, rows(4))
     data = concatenate_datasets([whole, rows(4, 1).add_column(COLUMN, [None] * 4)])
     trainer = make_trainer(tmp_path, data, per_device_train_batch_size=1, max_steps=8)
-    with pytest.raises(InputError, match="no row of a batch has a recording"):
+    with pytest.raises(InputError, match="the batch has no recording"):
         trainer.train()
 
 
 def test_sets_that_were_recorded_in_two_ways_are_refused(tmp_path: Path) -> None:
     train = recorded(tmp_path, rows(6), kind="top_k", k=4)
     held_out = recorded(tmp_path, rows(6, 1), kind="top_k", k=5, name="e")
-    with pytest.raises(InputError, match="the evaluation set was recorded with k 5, but .* with 4"):
+    with pytest.raises(InputError, match="eval_dataset was recorded with k 5, but .* with 4"):
         make_trainer(tmp_path, train, eval_dataset=held_out)
 
 
@@ -417,9 +421,9 @@ def test_two_teachers_are_mixed_only_when_allowed(tmp_path: Path) -> None:
 
 
 def test_nobody_to_learn_from_is_refused_at_construction(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the training set has nobody to learn from"):
+    with pytest.raises(InputError, match="train_dataset has no recorded teacher"):
         make_trainer(tmp_path, rows(6))
-    with pytest.raises(InputError, match="the evaluation set has nobody to learn from"):
+    with pytest.raises(InputError, match="eval_dataset has no recorded teacher"):
         make_trainer(tmp_path, recorded(tmp_path, rows(6)), eval_dataset=rows(3))
 
 
@@ -473,7 +477,7 @@ def test_a_folder_of_another_recording_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: Any) -> None:
-    from hf_distill.recordings.recorder import shards
+    from hf_distill.recordings import shards
 
     writer = shards.ArrowWriter
     made = []

@@ -13,8 +13,8 @@ from trainer_setup import arguments, collate, make_rows, small_model, weights
 from transformers import AutoModelForCausalLM
 
 from hf_distill import AdapterTeacher, DistillationTrainer, InputError, evaluate_student
-from hf_distill.losses.fused_head import Hidden
-from hf_distill.losses.targets import target_mask
+from hf_distill.losses.signals import Hidden
+from hf_distill.tasks import CausalLM
 
 # peft 0.21 asks for a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -103,7 +103,7 @@ def test_asking_leaves_the_student_as_it_was() -> None:
     before = [(n, p.requires_grad) for n, p in model.named_parameters()]
     batch = collate(make_rows(4, 0))
     signal = AdapterTeacher(model).signal(
-        {k: v for k, v in batch.items() if k != "labels"}, target_mask(batch)
+        {k: v for k, v in batch.items() if k != "labels"}, CausalLM().targets(batch)
     )
     assert isinstance(signal, Hidden)
     assert not signal.states.requires_grad

@@ -14,8 +14,9 @@ from trainer_setup import VOCABULARY, arguments, collate, make_rows, small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_distill import DistillationTrainer, Term
+from hf_distill.losses import LinearHead
 from hf_distill.losses import fused_head as fused
-from hf_distill.models.output_head import StandIn, UnusualHead
+from hf_distill.models.output_head import HeadReplacement, UnsupportedHead
 
 ROOT = Path(__file__).parents[2]
 ROWS = make_rows(24, seed=1)
@@ -148,13 +149,13 @@ def test_autocast_reaches_the_products(
     tmp_path: Path, heads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtypes = []
-    real = fused.Head.product
+    real = LinearHead.product
 
     def watching(self: Any, hidden: Tensor, out: Any = None) -> Tensor:
         dtypes.append((hidden.dtype, self.weight.dtype))
         return real(self, hidden, out)
 
-    monkeypatch.setattr(fused.Head, "product", watching)
+    monkeypatch.setattr(LinearHead, "product", watching)
     trained(tmp_path, bf16=True, max_steps=1)
     assert heads
     assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
@@ -238,7 +239,7 @@ class CalledTwice(Doubled):
 @pytest.mark.parametrize("role", ["model", "teacher"])
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Doubled, "its config does not tell"), (CalledTwice, "called the output head 2 times")],
+    [(Doubled, "its config does not state"), (CalledTwice, "called the output head 2 times")],
 )
 def test_a_forward_of_its_own(
     kind: Any, reason: str, role: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -261,19 +262,19 @@ def test_a_forward_of_its_own(
 def test_hooks_on_the_head_are_not_bypassed() -> None:
     model = small_model(0, "llama")
     model.lm_head.register_forward_hook(lambda *_: None)
-    with pytest.raises(UnusualHead, match="has hooks"):
-        StandIn(model)
+    with pytest.raises(UnsupportedHead, match="has hooks"):
+        HeadReplacement(model)
 
 
 def test_the_head_is_whole_again_after_an_error() -> None:
     model = small_model(0, "llama")
-    place = StandIn(model)
+    place = HeadReplacement(model)
 
     def fails(*_: Any) -> Any:
         raise ValueError("inside")
 
     with pytest.raises(ValueError, match="inside"):
-        place.run(model, {"input_ids": torch.tensor([[2, 3]])}, fails)
+        place.forward(model, {"input_ids": torch.tensor([[2, 3]])}, fails)
     assert isinstance(model.lm_head, nn.Linear)
     assert model(torch.tensor([[2, 3]])).logits.shape == (1, 2, VOCABULARY)
 

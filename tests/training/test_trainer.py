@@ -168,10 +168,12 @@ def test_no_option_is_left_out_above() -> None:
     added = {f.name for f in fields(DistillationArguments)} - {
         f.name for f in fields(TrainingArguments)
     }
-    # These change how a result is made, not the result: tests/test_fused_training.py.
+    # These change how a result is made, not the result: tests/training/test_fused_head_training.py.
     added -= {"fused_head", "head_memory_mb"}
-    added -= {"mixed_recordings"}  # changes what is refused: tests/test_recording.py
-    added -= {"teacher_placement"}  # where the teacher lies: tests/test_placement.py
+    added -= {"mixed_recordings"}  # changes what is refused: tests/recordings
+    added -= {"teacher_placement"}  # where its weights are: tests/teachers/test_placement.py
+    # How raw rows are tokenized: tests/training/test_raw_rows.py.
+    added -= {"max_length", "packing", "completion_only_loss", "assistant_only_loss"}
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}
 
@@ -285,7 +287,7 @@ def test_padded_student_never_generates_ids_without_token(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "alpha is 0.5, but the training set has nobody to learn from"),
+        ({"teacher": None}, "alpha is 0.5, but train_dataset has no recorded teacher"),
         ({"teacher": 3}, "teacher is a int"),
         ({"teacher": "no/such-teacher"}, "teacher 'no/such-teacher' cannot be loaded"),
         ({"teacher": "./no/such"}, "teacher './no/such' is a folder that does not exist"),
@@ -374,8 +376,8 @@ def test_model_classes_are_untouched(tmp_path: Path) -> None:
 def test_a_model_that_is_made_anew_keeps_the_fused_head(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`train` makes a second model of `model_init`; its head is the one to stand in for."""
+    """`train` makes a second model of `model_init`; its head is the one to replace."""
     trainer = make_trainer(tmp_path, model_init=lambda: small_model(0), max_steps=2)
     trainer.train()
-    assert trainer._stand_in is not None
+    assert trainer._loss.student.fused
     assert not [r for r in caplog.records if "all of its logits" in r.message]

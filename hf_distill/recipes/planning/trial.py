@@ -30,7 +30,8 @@ from transformers import (
 from hf_distill.cli.console import quiet
 from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import PeakMemory
-from hf_distill.losses.fused_head import Head, default_memory
+from hf_distill.losses.fused_head import default_memory
+from hf_distill.losses.linear_head import LinearHead
 from hf_distill.models.from_teacher import Stack, choose_layers
 from hf_distill.recipes import Recipe, arguments, dump_recipe, parse_recipe
 from hf_distill.recipes.planning.arithmetic import Measures, extrapolated
@@ -308,7 +309,7 @@ def _trained(recipe: Recipe, config: PreTrainedConfig) -> int:
 
 def _chunk(student: Any) -> float:
     base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    return default_memory(Head(base.get_output_embeddings().weight))
+    return default_memory(LinearHead(base.get_output_embeddings().weight))
 
 
 def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

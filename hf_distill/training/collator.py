@@ -1,0 +1,135 @@
+"""The collator around the user's: checks rows on the CPU and attaches their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError, warn_once
+from hf_distill.losses.targets import IGNORE, WEIGHTS
+from hf_distill.models.vocabulary import known_ids
+from hf_distill.recordings.collator import RecordingCollator
+from hf_distill.recordings.row_format import Header, tokenizer_hash
+from hf_distill.training.loss import DistillationLoss
+
+
+@dataclass
+class CheckingCollator:
+    """Wraps a collator.
+
+    A token id or a label that a model lacks would end a process on a GPU without a message, and
+    looking there would wait for the device. Here, on the CPU and in the workers, it costs nothing.
+
+    collator: rows to a padded batch
+    embeddings: by role, how many ids each model can read; the student comes first
+    head_rows: how many ids the student predicts
+    end_of_text: the tokenizer's end-of-text token where it is also its padding token
+    raises: InputError naming the id
+    """
+
+    collator: Callable[[list[Any]], dict[str, Any]]
+    embeddings: Mapping[str, int]
+    head_rows: int
+    end_of_text: int | None = None
+    _said: set[str] = field(default_factory=set)
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        given = [name for name in WEIGHTS if any(_has(row, name) for row in rows)]
+        plain = [_without(row, given) for row in rows] if given else list(rows)
+        batch = self.collator(plain)
+        for name in given:
+            batch[name] = _weights(name, rows, batch)
+        self._check(batch)
+        return batch
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if isinstance(ids, Tensor):
+            for number, (role, rows) in enumerate(self.embeddings.items()):
+                known = known_ids(ids, mask, rows, f"the {role}")
+                if number == 0:  # the student's padding may be a token that it lacks
+                    batch["input_ids"] = known
+        if not isinstance(labels, Tensor):
+            return
+        if labels.numel() and int(labels.max()) >= self.head_rows:
+            raise InputError(
+                f"a label is the token id {int(labels.max())}, but the student predicts only "
+                f"{self.head_rows} ids: use the tokenizer that it was made for"
+            )
+        if mask is not None and mask.shape == labels.shape:
+            if bool(((mask == 0) & (labels != IGNORE)).any()):
+                self._say(
+                    "The labels hold padding, as after labels = input_ids.clone(). It is left out "
+                    "of the loss; set labels to -100 where attention_mask is 0."
+                )
+            if isinstance(ids, Tensor) and self.end_of_text is not None:
+                self._look_for_masked_ends(ids, labels, mask)
+
+    def _look_for_masked_ends(self, ids: Tensor, labels: Tensor, mask: Tensor) -> None:
+        """Some collators mask every padding token, real end-of-text tokens among them."""
+        ends = (ids == self.end_of_text) & (mask != 0)
+        learnt_before = torch.nn.functional.pad(labels[:, :-1] != IGNORE, (1, 0))
+        if bool((ends & learnt_before).any()) and not bool((ends & (labels != IGNORE)).any()):
+            self._say(
+                "The padding token is the end-of-text token, and the labels mask both, so that the "
+                "student does not learn to stop: give the tokenizer a padding token of its own, or "
+                "mask by attention_mask (hf_distill.data.collator does)."
+            )
+
+    def _say(self, message: str) -> None:
+        worker = get_worker_info()
+        if message not in self._said and (worker is None or worker.id == 0):
+            warn_once(message)
+        self._said.add(message)
+
+
+def checking_collator(
+    collator: Any, loss: DistillationLoss, recorded: Header | None, tokenizer: Any, *, mixed: bool
+) -> CheckingCollator:
+    """The user's collator, read for recordings and checked against the student.
+
+    recorded: what the rows' recordings look like, None where they have none
+    mixed: rows may have recordings of different teachers
+    """
+    student = loss.student
+    if recorded is not None:
+        known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        expected = replace(recorded, tokenizer=tokenizer_hash(known))
+        collator = RecordingCollator(collator, expected, mixed=mixed, task=loss.task)
+    end = getattr(tokenizer, "eos_token_id", None)
+    shared_end = end if end == getattr(tokenizer, "pad_token_id", None) else None
+    return CheckingCollator(
+        collator, {"student": student.embedding_rows}, student.head_rows, shared_end
+    )
+
+
+def _has(row: Any, name: str) -> bool:
+    return isinstance(row, Mapping) and row.get(name) is not None
+
+
+def _without(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _weights(name: str, rows: Sequence[Any], batch: Mapping[str, Any]) -> Tensor:
+    """(rows,) float32; a row without the column counts 1."""
+    values = [1.0 if row.get(name) is None else row[name] for row in rows]
+    wrong = [value for value in values if not isinstance(value, int | float) or not value >= 0]
+    if wrong:
+        raise InputError(
+            f"{name} is {wrong[0]!r} in a row, but must be a number of at least 0, one for each row"
+        )
+    size = len(next(iter(batch.values())))
+    if size != len(rows):
+        raise InputError(
+            f"the rows have a column {name!r}, but the collator made {size} rows of {len(rows)}: "
+            "use a collator that keeps rows apart"
+        )
+    return torch.tensor(values, dtype=torch.float32)

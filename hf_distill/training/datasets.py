@@ -1,0 +1,103 @@
+"""Turn the data sets that a trainer is given into rows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill import data
+from hf_distill.data import Collator, collator
+from hf_distill.errors import InputError
+from hf_distill.losses.targets import WEIGHTS
+from hf_distill.models.base import base_model
+from hf_distill.models.loading import local_tokenizer
+from hf_distill.models.positions import position_limit
+from hf_distill.training.arguments import DistillationArguments
+
+DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
+
+
+def prepare_datasets(args: DistillationArguments, student: Any, given: dict[str, Any]) -> list[str]:
+    """Tokenize the raw data sets among a trainer's arguments, in place.
+
+    given: the trainer's keyword arguments; a tokenizer that had to be found is added to them, and
+        a collator where there is none
+    returns: what was done, a line for each data set
+    """
+    limit = None if student is None else position_limit(base_model(student))
+    prepare = RowPreparation(args, given.get("processing_class"), student, limit)
+    for name in ("train_dataset", "eval_dataset"):
+        if given.get(name) is not None:
+            given[name] = prepare(given[name], name)
+    tokenizer = given["processing_class"] = prepare.tokenizer
+    if given.get("data_collator") is None:
+        known = isinstance(tokenizer, PreTrainedTokenizerBase)
+        # Without a tokenizer any id will do: what pads is masked.
+        given["data_collator"] = collator(tokenizer) if known else Collator(0, 0)
+    return prepare.lines
+
+
+class RowPreparation:
+    """Tokenizes raw rows; rows that have token ids already pass untouched.
+
+    tokenizer: the trainer's `processing_class`; found beside a local student if it is missing
+    positions: the most tokens that the student takes, None if there is no limit
+    lines: what was done, one line for each data set
+    """
+
+    def __init__(
+        self, args: DistillationArguments, tokenizer: Any, model: Any, positions: int | None
+    ) -> None:
+        self.args, self.tokenizer, self._model, self._positions = args, tokenizer, model, positions
+        self.lines: list[str] = []
+
+    def __call__(self, dataset: Any, name: str) -> Any:
+        """The data set with token ids. name: of the trainer's argument, for messages."""
+        if isinstance(dataset, DatasetDict | IterableDatasetDict) and name == "train_dataset":
+            splits = ", ".join(map(repr, dataset))
+            raise InputError(
+                f"{name} is a {type(dataset).__name__} with the splits {splits}: give one of them, "
+                f"as dataset[{next(iter(dataset), 'train')!r}]"
+            )
+        if isinstance(dataset, Mapping):
+            return {key: self(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
+        if isinstance(dataset, list | tuple):
+            first = dataset[0] if dataset else None
+            if not isinstance(first, Mapping) or "input_ids" in first:
+                return dataset
+            dataset = Dataset.from_list(list(dataset))
+        if not isinstance(dataset, Dataset | IterableDataset) or not getattr(
+            data, "is_raw", lambda rows: False
+        )(dataset):
+            return dataset
+        tokenizer = self._tokenizer(name)
+        with self.args.main_process_first(desc="tokenizing", local=False):
+            rows, line = data.tokenize_raw_rows(
+                dataset,
+                tokenizer,
+                max_length=self._max_length(tokenizer),
+                packing=self.args.packing,
+                completion_only_loss=self.args.completion_only_loss,
+                assistant_only_loss=self.args.assistant_only_loss,
+                keep=WEIGHTS,
+            )
+        self.lines.append(f"{name}: {line}")
+        return rows
+
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None and self._model is not None:
+            self.tokenizer = local_tokenizer(getattr(self._model, "name_or_path", None))
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise InputError(
+                f"{name} holds raw rows, but the trainer has no tokenizer to make tokens of them: "
+                "pass processing_class="
+            )
+        return self.tokenizer
+
+    def _max_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        limits = [tokenizer.model_max_length, self._positions or DEFAULT_MAX_LENGTH]
+        wanted = self.args.max_length
+        return min(DEFAULT_MAX_LENGTH, *limits) if wanted is None else wanted
