@@ -22,9 +22,9 @@ class PositionCounter:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.offset = _padding_index(model) or 0
-        kind: Any = type(model)
-        own = kind._prepare_position_ids_for_generation
-        one_axis = own is GenerationMixin._prepare_position_ids_for_generation
+        name = "_prepare_position_ids_for_generation"
+        plain = getattr(GenerationMixin, name)
+        one_axis = getattr(type(model), name, plain) is plain
         accepted = "position_ids" in inspect.signature(model.forward).parameters
         self.applies = accepted and one_axis and not _several_axes(model.config)
 

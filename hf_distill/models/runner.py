@@ -56,7 +56,8 @@ class ModelRunner:
         self.head_rows, self.embedding_rows = head_rows(plain), embedding_rows(plain)
         self.position_limit = position_limit(plain)
         parameters = inspect.signature(plain.forward).parameters
-        self._accepted = None if strict else set(parameters)
+        # A forward of `**kwargs` alone names nothing to filter by.
+        self._accepted = None if strict or "input_ids" not in parameters else set(parameters)
         if self._accepted is not None and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             self._accepted |= PACKING
         self._positions = PositionCounter(plain)
@@ -146,12 +147,11 @@ class ModelRunner:
         inputs = {k: v for k, v in batch.items() if accepted is None or k in accepted}
         ids, mask = inputs.get("input_ids"), batch.get("attention_mask")
         self.check_length(batch)
-        if ids is not None:
-            # On an accelerator this waits for the device, so only where it can be needed.
-            if self.may_meet_unknown_ids or ids.device.type == "cpu":
-                inputs["input_ids"] = known_ids(
-                    ids, _two_dimensional(mask), self.embedding_rows, f"the {self.role}"
-                )
+        # On an accelerator this waits for the device, so only where it can be needed.
+        if ids is not None and (self.may_meet_unknown_ids or ids.device.type == "cpu"):
+            inputs["input_ids"] = known_ids(
+                ids, _two_dimensional(mask), self.embedding_rows, f"the {self.role}"
+            )
         if (mask := _two_dimensional(mask)) is not None and "position_ids" not in inputs:
             self._count_positions(inputs, mask)
         return inputs

@@ -91,17 +91,17 @@ class CheckingCollator:
 
 
 def checking_collator(
-    collator: Any, loss: DistillationLoss, recorded: Header | None, tokenizer: Any, *, mixed: bool
+    trainer: Any, loss: DistillationLoss, recorded: Header | None
 ) -> CheckingCollator:
-    """The user's collator, read for recordings and checked against the student.
+    """The trainer's collator, wrapped to read recordings and to check rows against the student.
 
     recorded: what the rows' recordings look like, None where they have none
-    mixed: rows may have recordings of different teachers
     """
-    student = loss.student
+    student, tokenizer, collator = loss.student, trainer.processing_class, trainer.data_collator
     if recorded is not None:
         known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         expected = replace(recorded, tokenizer=tokenizer_hash(known))
+        mixed = trainer.args.mixed_recordings
         collator = RecordingCollator(collator, expected, mixed=mixed, task=loss.task)
     end = getattr(tokenizer, "eos_token_id", None)
     shared_end = end if end == getattr(tokenizer, "pad_token_id", None) else None

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
@@ -102,6 +101,8 @@ def make_teacher(
     # Its base model too: as a separate teacher it would freeze the weights below the adapter.
     if teacher is not None and any(teacher is part for part in (student, base_model(student))):
         teacher = AdapterTeacher(student, tokenizer=student_tokenizer, whole_logits=whole_logits)
+    if isinstance(teacher, PreTrainedModel | PeftModel):
+        find_task(teacher, "teacher")
     found = as_teacher(
         teacher,
         tokenizer,
@@ -114,8 +115,6 @@ def make_teacher(
             "the AdapterTeacher holds another model than the student, whose weights it is to "
             "share: make it of the student, or give that model itself as the teacher"
         )
-    if isinstance(model := getattr(found, "model", None), nn.Module):
-        find_task(model, "teacher")
     return found
 
 
@@ -170,6 +169,14 @@ def _coefficient(model: Any) -> float:
         if (value := getattr(config, name, None)) is not None:
             return float(value)
     return 0.0
+
+
+def make_objective(trainer: Any, student_rows: int, recorded: Header | None) -> CurrentObjective:
+    """The trainer's objective; InputError for tokenizers or a recording that do not fit."""
+    vocabulary = vocabulary_of(student_rows, trainer.processing_class, trainer.teacher, recorded)
+    made = CurrentObjective(trainer.choose_divergence, vocabulary, recorded, student_rows)
+    made(trainer.args)
+    return made
 
 
 @dataclass

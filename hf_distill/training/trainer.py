@@ -80,17 +80,10 @@ class DistillationMixin(Trainer):
         self._sums, self._evaluation = StepSums(self.args.device), EvaluationSums()
         self._parts_to_log: dict[str, float] = {}
         self._loss = self._make_loss()
-        runner, tokenizer, recorded = self._loss.student, self.processing_class, self._recorded
-        shared = setup.vocabulary_of(runner.head_rows, tokenizer, self.teacher, recorded)
-        self._objective = setup.CurrentObjective(
-            self.choose_divergence, shared, recorded, runner.head_rows
-        )
-        assert self.current_objective()  # what does not fit a recording is refused here
+        self._objective = setup.make_objective(self, self._loss.student.head_rows, self._recorded)
         if self.teacher is not None:
-            self.teacher.prepare(self.accelerator, student_reads=runner.embedding_rows)
-        self.data_collator = checking_collator(
-            self.data_collator, self._loss, recorded, tokenizer, mixed=self.args.mixed_recordings
-        )
+            self.teacher.prepare(self.accelerator, student_reads=self._loss.student.embedding_rows)
+        self.data_collator = checking_collator(self, self._loss, self._recorded)
 
     def _make_loss(self) -> DistillationLoss:
         own_terms = type(self).extra_terms is not DistillationMixin.extra_terms
@@ -249,21 +242,23 @@ class DistillationMixin(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         if output.metrics is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            found = self._evaluation.metrics(self.current_objective())
-            output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+            for name, value in self._evaluation.metrics(self.current_objective()).items():
+                output.metrics[f"{prefix}_{name}"] = value
         return output
 
     # ---- What is saved and published ----
 
+    # A barrier before the last file of a checkpoint, `trainer_state.json`: it then says that every
+    # process has finished its part.
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's. The barrier before the last file of a checkpoint, `trainer_state.json`,
-        makes it say that every process has finished its part."""
+        """As Trainer's, with the barrier where a checkpoint holds the model only."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.save_only_model:
             self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As Trainer's, with the same barrier after what is written by every process."""
+        """As Trainer's, with the barrier."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -273,7 +268,7 @@ class DistillationMixin(Trainer):
         """As Trainer's, without its arguments as a pickle, which nothing ever reads back."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir or "", "training_args.bin").unlink(True)
+            Path(output_dir or str(self.args.output_dir), "training_args.bin").unlink(True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As Trainer's, which would publish pickles."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_distill.data import Collator, collator
 from hf_distill.errors import InputError
-from hf_distill.losses.targets import IGNORE, target_mask
+from hf_distill.losses.targets import IGNORE, shifted_labels
 
 ROWS = st.lists(st.lists(st.integers(2, 299), min_size=1, max_size=9), min_size=1, max_size=5)
 
@@ -52,7 +52,7 @@ def test_logits_do_not_depend_on_padding(
                     alone = model(input_ids=torch.tensor([ids])).logits[0]
                     mask = batch["attention_mask"][number].bool()
                     assert_close(padded[number, mask], alone, atol=1e-6, rtol=1e-4)
-            assert int(target_mask({"labels": labels}).sum()) == sum(len(ids) - 1 for ids in rows)
+            assert int((shifted_labels({"labels": labels}) != IGNORE).sum()) == sum(len(ids) - 1 for ids in rows)
 
 
 def test_packed_rows_are_padded_with_one_more_document() -> None:

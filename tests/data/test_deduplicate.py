@@ -13,7 +13,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_distill.data import DataConfig, clean_rows, sketch
+from hf_distill.data import DataConfig, clean_rows, hashing
 from hf_distill.data.deduplicate import repeated
 
 WORDS = [f"word{number}" for number in range(500)]

@@ -213,6 +213,22 @@ def test_float16_keeps_small_gradients() -> None:
         assert (found - right).norm() < 0.01 * right.norm()
 
 
+def test_float16_sums_do_not_overflow() -> None:
+    """An outlier dimension of the hidden states and a frequent label: the sum over targets passes
+    the range of float16 before any loss scale could help."""
+    batch = Batch(4096, 300)
+    with torch.no_grad():
+        batch.hidden[:, 0] = 20.0
+        batch.labels[:410] = 7
+    weights = weigh(divergences.forward_kl, 0.5, 1.0, 300)
+    truth = torch.autograd.grad(batch.plain(weights, 1 / 4096)[0], batch.inputs)
+    with torch.autocast("cpu", torch.float16):
+        loss = batch.fused(weights, 1 / 4096)[0]
+    for found, right in zip(torch.autograd.grad(65536 * loss, batch.inputs), truth, strict=True):
+        assert found.isfinite().all()
+        assert (found / 65536 - right).norm() < 0.02 * right.norm()
+
+
 # ---- Only what is needed ----
 
 

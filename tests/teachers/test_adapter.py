@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,27 @@ def test_asking_leaves_the_student_as_it_was() -> None:
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
     assert model.training
     assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_all_active_adapters_come_back(raises: bool) -> None:
+    """Several adapters may be active at once, and a forward may fail."""
+    model = adapted()
+    for name in ("second", "expert"):
+        model.add_adapter(name, LoraConfig(r=2, init_lora_weights=False, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    before = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    batch = collate(make_rows(4, 0))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if raises:
+        inputs["input_ids"] = inputs["input_ids"].float()
+    teacher = AdapterTeacher(model, "expert")
+    with pytest.raises(Exception) if raises else nullcontext():  # noqa: PT011
+        teacher.signal(inputs, CausalLM().targets(batch))
+    assert model.active_adapters == ["default", "second"]
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    assert layer.active_adapters == ["default", "second"]
 
 
 def test_one_set_of_weights_in_memory(tmp_path: Path) -> None:
