@@ -1,19 +1,41 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors and messages: the one error class for users, warnings, and quiet libraries."""
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
+
+# On import, since a script imports peft before it can call `silence_libraries`, and peft imports
+# this library, which warns about a kernel that it can do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class InputError(ValueError):
-    """What came, why it matters and what to do, in one line.
+    """An error that the user can mend: what came, why it matters and what to do, in one line.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
 def warn_once(message: str, *values: object) -> None:
-    """A warning of all processes, said by the first."""
+    """Log a warning, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("hf_distill").warning(message, *values)
+
+
+def silence_libraries() -> None:
+    """Keep the libraries' own messages out of the few lines that a run prints."""
+    import datasets
+    import torch
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it is left to guess
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and writing weights
+    datasets.logging.set_verbosity_error()
+    for name in ("torch.distributed", "huggingface_hub", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|deepspeed|peft)\b")

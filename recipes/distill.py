@@ -8,7 +8,7 @@ if nothing that decides its result has changed, and goes on where it was interru
 
 import typer
 
-from hf_distill.cli.main import Debug, Overrides, RecipeFile, guarded
+from hf_distill.cli.commands import Debug, Overrides, RecipeFile, guarded
 from hf_distill.recipes import load_recipe
 from hf_distill.recipes.stages import (
     baseline,

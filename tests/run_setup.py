@@ -13,7 +13,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from hf_distill.cli.main import app
+from hf_distill.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("teacher", "initial", "baseline", "student")
@@ -75,7 +75,7 @@ def start(recipe: Path, *overrides: str) -> BaseProcess:
     options = [f"output_dir={recipe.parent / 'runs'}", *overrides]
     words = ["run", str(recipe), *(word for option in options for word in ("--set", option))]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_distill.cli.main", "hf_distill.recipes.stages"])
+    context.set_forkserver_preload(["hf_distill.cli.commands", "hf_distill.recipes.stages"])
     process = context.Process(target=_in_child, args=(words, recipe.with_suffix(".log")))
     process.start()
     return process

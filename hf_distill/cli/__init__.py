@@ -1,5 +1,5 @@
 """The command line, `hf-distill`."""
 
-from hf_distill.cli.main import app, main
+from hf_distill.cli.commands import app, main
 
 __all__ = ["app", "main"]

@@ -1,6 +1,6 @@
 """`python -m hf_distill.cli`, the same as `hf-distill`."""
 
-from hf_distill.cli.main import main
+from hf_distill.cli.commands import main
 
 if __name__ == "__main__":
     main()

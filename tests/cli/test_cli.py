@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_distill import __version__
-from hf_distill.cli import main as cli
+from hf_distill.cli import commands as cli
 from hf_distill.training.trainer import DistillationTrainer
 
 COMMANDS = ("run", "evaluate", "report", "publish")
@@ -116,7 +116,7 @@ def test_models_that_do_not_fit(recipe: Path, saved: Path, tmp_path: Path) -> No
         tokenizer_object=type(other.backend_tokenizer).from_str(text), eos_token="<|endoftext|>"
     ).save_pretrained(tmp_path / "other")
     said = refused(recipe, *with_models(saved, tmp_path / "other"))
-    assert "different tokenizers: id 1 is '<fill>' to the student and '<pad>'" in said
+    assert "different tokenizers: id 1 is '<fill>' for the student and '<pad>'" in said
 
 
 def test_teachers_without_a_head(

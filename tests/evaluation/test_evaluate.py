@@ -246,7 +246,7 @@ def test_different_tokenizers_are_refused(tmp_path: Path) -> None:
     student, teacher = pair()
     teacher.save_pretrained(tmp_path)
     tokenizer([*WORDS[:7], "other", *WORDS[8:]]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="id 7 is 'ababab7' to the student and 'other'"):
+    with pytest.raises(InputError, match="id 7 is 'ababab7' for the student and 'other'"):
         evaluate(student, str(tmp_path))
     tokenizer().save_pretrained(tmp_path)
     assert evaluate(student, str(tmp_path)) == evaluate(student, teacher)

@@ -351,7 +351,7 @@ def test_a_recorded_recipe_trains_without_the_teacher(
     recipe = write_recipe(tmp_path)
     live = run(recipe)
     assert live.exit_code == 0, live.output
-    monkeypatch.setattr("hf_distill.training.trainer.as_teacher", refuse)
+    monkeypatch.setattr("hf_distill.training.setup.as_teacher", refuse)
     estimated = invoke(
         "record", recipe, "--estimate", "--set", f"output_dir={tmp_path / 'r'}",
         "--set", "record.kind=full",

@@ -27,8 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_distill.cli.console import quiet
-from hf_distill.errors import InputError
+from hf_distill.errors import InputError, silence_libraries
 from hf_distill.evaluation.performance import PeakMemory
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
@@ -107,7 +106,7 @@ def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None)
 def _in_child(
     answer: Any, text: str, student_layers: int | None, teacher_layers: int | None
 ) -> None:
-    quiet()
+    silence_libraries()
     # What a trainer warns of random tokens and no tokenizer is no news of the recipe.
     logging.getLogger("hf_distill").setLevel(logging.ERROR)
     try:

@@ -169,7 +169,7 @@ def test_another_tokenizer_than_the_teachers(
     other = PreTrainedTokenizerFast.from_pretrained(saved)
     text = other.backend_tokenizer.to_str().replace('"<pad>"', '"<fill>"')
     other = PreTrainedTokenizerFast(tokenizer_object=type(other.backend_tokenizer).from_str(text))
-    with pytest.raises(InputError, match=r"different tokenizers: id 1 is '<fill>' to the student"):
+    with pytest.raises(InputError, match=r"different tokenizers: id 1 is '<fill>' for the student"):
         check_tokens(recipe(f"teacher: {saved}"), other)
 
 

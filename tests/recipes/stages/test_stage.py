@@ -11,7 +11,7 @@ import pytest
 
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, parse_recipe
-from hf_distill.recipes.stages import engine
+from hf_distill.recipes.stages import stage as engine
 from hf_distill.recipes.stages.stage import Run, Stage
 
 TEXT = """

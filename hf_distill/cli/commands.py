@@ -15,8 +15,7 @@ import typer
 from tqdm import tqdm
 
 from hf_distill import __version__
-from hf_distill.cli.console import quiet
-from hf_distill.errors import InputError
+from hf_distill.errors import InputError, silence_libraries
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
@@ -241,7 +240,7 @@ def publish(
 @contextmanager
 def guarded(debug: bool = False) -> Iterator[None]:
     """Errors as one line: exit code 2 for what the user can mend, 1 for what we should."""
-    quiet()
+    silence_libraries()
     try:
         yield
     except (InputError, KeyboardInterrupt, Exception) as error:
