@@ -170,7 +170,7 @@ def interrupt(folder: Path, case: str) -> None:
     """The weights after all steps, and after going on from the checkpoint half way."""
     for name, resume in (("whole", None), ("resumed", f"checkpoint-{STEPS // 2}")):
         trainer = make_trainer(folder, case, processes=2, **SAVING)
-        trainer.train(resume and str(Path(trainer.folder) / resume))
+        trainer.train(resume and str(Path(trainer.args.output_dir) / resume))
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.is_world_process_zero():
             torch.save({k: v.cpu() for k, v in weights.items()}, folder / f"{name}.pt")

@@ -18,14 +18,14 @@ from hf_distill.losses.targets import IGNORE
 class Collator:
     """Pads rows to the longest of the batch. Call it with a list of rows.
 
-    Rows hold ``input_ids``, ``labels`` (default: the ids) and, if packed documents must not see
-    each other, ``position_ids``; whatever else they hold is left out.
+    Rows hold ``input_ids``, perhaps ``labels`` (default: the ids), ``attention_mask`` (where they
+    are padded already) and, if packed documents must not see each other, ``position_ids``.
+    Everything else in them is left out.
 
     returns: int64 tensors (rows, positions): ``input_ids``, ``labels`` (padding ``IGNORE``), and
-    - for plain rows ``attention_mask`` (1 for tokens, 0 for padding), and with left padding
-      ``position_ids`` that start at each row's first token;
+    - for plain rows ``attention_mask`` (1 for tokens, 0 for padding);
     - for packed rows ``position_ids`` and no ``attention_mask``, because models look for packed
-      documents only without one. Padding is then one more document that nobody sees.
+      documents only without one. Padding is then one more document, without targets.
     """
 
     pad_token_id: int
@@ -35,10 +35,7 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        labels = [
-            torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.long) for row in rows
-        ]
+        ids, masks, labels = (list(column) for column in zip(*map(_tensors, rows), strict=True))
         packed = [row.get("position_ids") is not None for row in rows]
         if any(packed) != all(packed):
             raise InputError("a batch mixes rows with and without position_ids: pack all or none")
@@ -51,14 +48,13 @@ class Collator:
             }
         batch = {
             "input_ids": self._pad(ids, self.pad_token_id),
-            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
+            "attention_mask": self._pad(masks, 0),
             "labels": self._pad(labels, IGNORE),
         }
         if self.padding_side == "left":
-            tokens = batch["attention_mask"].cumsum(dim=1)
-            batch["position_ids"] = (tokens - 1).clamp(min=0)
             # Nothing predicts a row's first token: before it there is only padding.
-            batch["labels"] = batch["labels"].masked_fill(tokens <= 1, IGNORE)
+            first = batch["attention_mask"].cumsum(dim=1) <= 1
+            batch["labels"] = batch["labels"].masked_fill(first, IGNORE)
         return batch
 
     def _pad(self, rows: Sequence[Tensor], value: int | None) -> Tensor:
@@ -73,6 +69,16 @@ class Collator:
             parts = (row, padding) if self.padding_side == "right" else (padding, row)
             padded.append(torch.cat(parts))
         return torch.stack(padded)
+
+
+def _tensors(row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and labels of one row; labels made here leave its padding out."""
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+    given, labels = row.get("attention_mask"), row.get("labels")
+    mask = torch.ones_like(ids) if given is None else torch.as_tensor(given, dtype=torch.long)
+    if labels is None:
+        return ids, mask, ids.masked_fill(mask == 0, IGNORE)
+    return ids, mask, torch.as_tensor(labels, dtype=torch.long)
 
 
 def collator(

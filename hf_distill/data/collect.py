@@ -14,7 +14,8 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
 from hf_distill.data.config import DataConfig, Format
-from hf_distill.data.sources import find_files, hub_id, kind_of
+from hf_distill.data.forms import find_form, is_conversation, joined_messages, known_forms
+from hf_distill.data.sources import delimiter_of, find_files, hub_id, kind_of
 from hf_distill.errors import InputError
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
@@ -28,11 +29,12 @@ _READ = 1 << 20
 
 def collect(
     config: DataConfig, places: str | Sequence[str], split: str, work_dir: Path
-) -> tuple[Dataset, Format]:
+) -> tuple[Dataset, Format, str]:
     """All rows of some places, under the column names of their format (``COLUMNS``).
 
     places: files, globs, folders, or one Hub id; split: of the Hub data set
     work_dir: where Arrow files are cached
+    returns: the rows, their format, and what columns were converted, "" where none were
     raises: InputError naming the place or file that is missing, empty, unreadable or misshapen
     """
     places = [places] if isinstance(places, str) else list(places)
@@ -40,40 +42,61 @@ def collect(
         return normalise(_from_hub(name, config, split, work_dir), config, name)
     parts: list[Dataset] = []
     formats: dict[Format, str] = {}
-    for kind, group in groupby(find_files(places, config.exclude), key=kind_of):
+    mappings: dict[str, None] = {}
+    for kind, group in groupby(find_files(places, config.exclude), key=_reader):
         files = list(group)
-        part, found = normalise(_from_files(kind, files, config, work_dir), config, str(files[0]))
+        rows = _from_files(kind, files, config, work_dir)
+        part, found, mapping = normalise(rows, config, str(files[0]))
         parts.append(part)
         formats.setdefault(found, str(files[0]))
+        mappings |= {mapping: None} if mapping else {}
     if len(formats) > 1:
         listed = ", ".join(f"{name} ({where})" for name, where in formats.items())
         raise InputError(f"the files hold rows of different formats: {listed}; prepare them apart")
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if not len(rows):
         raise InputError(f"{', '.join(places)}: the files hold no row")
-    return rows, next(iter(formats))
+    return rows, next(iter(formats)), "; ".join(mappings)
 
 
-def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, Format]:
-    """The columns that the format needs, under their agreed names; all others are left out."""
+def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, Format, str]:
+    """The columns that the format needs, under their agreed names; all others are left out.
+
+    returns: the rows, their format, and the conversion as text, "" where nothing was converted
+    """
     given: dict[Format, tuple[str, ...]] = {
         "chat": (config.messages_column,),
         "prompt_completion": (config.prompt_column, config.completion_column),
         "text": (config.text_column,),
     }
     wanted = given if config.format == "auto" else {config.format: given[config.format]}
-    for name, columns in wanted.items():
+    renamed = {name: columns for name, columns in wanted.items() if columns != COLUMNS[name]}
+    for name, columns in (renamed or wanted).items():
         if set(columns) <= set(rows.column_names):
             rows = rows.select_columns(list(columns))
             new = dict(zip(columns, COLUMNS[name], strict=True))
             rows = rows.rename_columns({old: to for old, to in new.items() if old != to})
-            return _typed(rows, name, where), name
-    looked = " or ".join(" + ".join(columns) for columns in wanted.values())
-    raise InputError(
-        f"{where} has the columns {', '.join(rows.column_names)} but not {looked}: "
-        "set data.text_column, data.prompt_column and data.completion_column, "
-        "or data.messages_column"
-    )
+            return _finished(rows, name, where, "")
+    form = find_form(rows.column_names)
+    if form is None or (config.format not in ("auto", form.format)):
+        looked = " or ".join(" + ".join(columns) for columns in wanted.values())
+        raise InputError(
+            f"{where} has the columns {', '.join(rows.column_names)} but not {looked}, nor those "
+            f"of another known form ({known_forms()}): set data.text_column, data.prompt_column "
+            "and data.completion_column, or data.messages_column"
+        )
+    rows = rows.select_columns(form.present(rows.column_names))
+    if form.convert is not None:
+        rows = rows.map(form.convert, batched=True, remove_columns=rows.column_names)
+    return _finished(rows, form.format, where, form.mapping)
+
+
+def _finished(rows: Dataset, name: Format, where: str, mapping: str) -> tuple[Dataset, Format, str]:
+    """Conversational prompts and completions become messages; types are checked."""
+    if name == "prompt_completion" and len(rows) and is_conversation(rows[0]["prompt"]):
+        rows = rows.map(joined_messages, batched=True, remove_columns=rows.column_names)
+        return _typed(rows, "chat", where), "chat", "prompt + completion -> messages"
+    return _typed(rows, name, where), name, mapping
 
 
 def _typed(rows: Dataset, name: Format, where: str) -> Dataset:
@@ -98,12 +121,23 @@ def _typed(rows: Dataset, name: Format, where: str) -> Dataset:
     return rows if rows.features == wanted else rows.cast(wanted)
 
 
-def _from_files(kind: str, files: list[Path], config: DataConfig, work_dir: Path) -> Dataset:
+def _reader(file: Path) -> tuple[str, str]:
+    """How ``datasets`` reads the file, and for a CSV its delimiter."""
+    kind = kind_of(file)
+    if kind == "tsv":
+        return "csv", "\t"
+    return kind, delimiter_of(file) if kind == "csv" else ""
+
+
+def _from_files(
+    reader: tuple[str, str], files: list[Path], config: DataConfig, work_dir: Path
+) -> Dataset:
+    kind, delimiter = reader
     options: dict[str, Any] = {}
     if kind == "text":
         options["sample_by"] = config.rows
-    elif kind == "tsv":
-        options["sep"] = "\t"
+    elif kind == "csv":
+        options["sep"] = delimiter
     try:
         return _load(kind, files, work_dir, num_proc=config.num_proc, **options)
     # Whatever a reader raises on a damaged file: the type depends on format and compression.
@@ -119,7 +153,7 @@ def _load(
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it all
     try:
         rows = datasets.load_dataset(
-            "csv" if kind == "tsv" else kind,
+            kind,
             data_files=[glob.escape(str(file.absolute())) for file in files],
             split="train",
             cache_dir=str(work_dir),

@@ -8,9 +8,9 @@ attention mask and no cache is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +132,21 @@ class _Packer:
         rows = [row for block in blocks if (row := join(block, self._within))]
         names = ["input_ids", "labels", *(["position_ids"] if self._within else [])]
         return {name: [row[name] for row in rows] for name in names}
+
+
+def pack_batch(
+    batch: Mapping[str, Sequence[Any]], max_length: int, whole: bool, within: bool
+) -> dict[str, list[Ints]]:
+    """One batch of rows packed by itself, as a stream needs it; see ``pack``."""
+    filler: Filler = Fitter(max_length) if whole else Splitter(max_length)
+    blocks: list[Block] = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        piece = np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
+        blocks += filler.add(*piece)
+    blocks += filler.flush()
+    rows = [row for block in blocks if (row := join(block, within))]
+    names = ["input_ids", "labels", *(["position_ids"] if within else [])]
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def documents(table: pa.Table) -> Iterator[Piece]:

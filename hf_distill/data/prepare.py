@@ -79,17 +79,18 @@ def clean_rows(
     raises: InputError if a file is bad, or no training or evaluation row is left
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    train, name = _part(config, config.train, "train", config.split, work_dir)
-    table = PreparationTable().add(train.step("collect"), _filter(train))
+    train, name, collected = _part(config, config.train, "train", config.split, work_dir)
+    table = PreparationTable().add(collected, _filter(train))
     places, split = _evaluation(config)
     if places is None:
         evaluation = _hold_out(train, config.eval_fraction, seed)
+        _refuse_single_row(train, evaluation, config)
         table = table.add(train.step("hold out"))
     else:
-        evaluation, other = _part(config, places, "eval", split, work_dir)
+        evaluation, other, collected = _part(config, places, "eval", split, work_dir)
         if other != name:
             raise InputError(f"training rows are {name} but evaluation rows are {other}")
-        table = table.add(evaluation.step("collect"), _filter(evaluation))
+        table = table.add(collected, _filter(evaluation))
     table = table.add(_settle_evaluation(evaluation, config, seed))
     _require(evaluation, "evaluation", table)
     if (share := config.clean.eval_overlap) is not None:
@@ -135,10 +136,12 @@ def check_max_length(max_length: int, positions: int | None, what: str) -> None:
 
 def _part(
     config: DataConfig, places: str | list[str], split: str, hub_split: str, work_dir: Path
-) -> tuple[_Part, Format]:
-    rows, name = collect(config, places, hub_split, work_dir)
+) -> tuple[_Part, Format, Step]:
+    rows, name, mapping = collect(config, places, hub_split, work_dir)
     examined = examine(rows, name, config.clean, split, config.num_proc)
-    return _Part(split, examined, np.arange(len(examined))), name
+    part = _Part(split, examined, np.arange(len(examined)))
+    changed = {f"read as {mapping}": len(examined)} if mapping else {}
+    return part, name, part.step("collect", changed=changed)
 
 
 def _evaluation(config: DataConfig) -> tuple[str | list[str] | None, str]:
@@ -174,6 +177,19 @@ def _hold_out(train: _Part, fraction: float, seed: int) -> _Part:
     evaluation = _Part("eval", train.rows, train.indices[held])
     train.drop(held)
     return evaluation
+
+
+def _refuse_single_row(train: _Part, evaluation: _Part, config: DataConfig) -> None:
+    """InputError where all rows are equal, so that the hold-out has left nothing to train on."""
+    if len(train.indices) or not len(evaluation.indices):
+        return
+    rows = len(evaluation.indices)
+    what = "the data are a single row" if rows == 1 else f"the data are {rows} times one row"
+    cut = "" if config.rows == "line" else ", or cut the text into more rows (data.rows: line)"
+    raise InputError(
+        f"{what}, which was held out for evaluation, so that nothing is left to train on: give "
+        f"evaluation rows as data.eval{cut}, or give more text"
+    )
 
 
 def _settle_evaluation(part: _Part, config: DataConfig, seed: int) -> Step:

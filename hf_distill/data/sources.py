@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+import fsspec
 
 from hf_distill.errors import InputError
 
@@ -20,6 +24,8 @@ _KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+_DELIMITERS = ",;\t|"
+_HEAD = 1 << 16
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _TEXT = (".txt", ".text", ".md", ".rst", ".py")
 
@@ -27,6 +33,28 @@ _TEXT = (".txt", ".text", ".md", ".rst", ".py")
 def kind_of(path: Path) -> str:
     """How ``datasets`` reads the file: json, csv, tsv, parquet, or text for anything else."""
     return _KINDS.get(_inner_suffix(path), "text")
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates the columns of a CSV file: a comma, semicolon, tab or bar.
+
+    The one that gives the first rows equally many columns, more than one; a comma where none does.
+    """
+    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", newline="") as file:
+        head = file.read(_HEAD)
+    if len(head) == _HEAD:
+        head = head[: head.rfind("\n") + 1]
+    found = {}
+    for delimiter in _DELIMITERS:
+        try:
+            rows = [row for row in csv.reader(io.StringIO(head), delimiter=delimiter) if row][:20]
+        except csv.Error:
+            continue
+        widths = {len(row) for row in rows}
+        if len(widths) == 1:
+            found[delimiter] = widths.pop()
+    best = max(found, key=lambda delimiter: found[delimiter], default=",")
+    return best if found.get(best, 1) > 1 else ","
 
 
 def expand(place: str) -> str:

@@ -23,11 +23,11 @@ from hf_distill.losses.targets import IGNORE
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 _UNLIMITED = 10**9  # tokenizers without a limit report an astronomic one
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-_WHOLE, _CUT, _DROPPED = 0, 1, 2
+WHOLE, CUT, DROPPED = 0, 1, 2  # the state of a row
 
 Annotated = tuple[list[int], list[int]]  # ids and labels of one row
 FEATURES = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
-_NOTES = {"_state": Value("uint8"), "_tokens": Value("int32"), "_targets": Value("int32")}
+NOTES = {"_state": Value("uint8"), "_tokens": Value("int32"), "_targets": Value("int32")}
 
 
 def tokenize_rows(
@@ -44,7 +44,7 @@ def tokenize_rows(
     raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
     """
     name = _format(rows)
-    _check(tokenizer, config, name)
+    check_tokenizer(tokenizer, config.max_length, chat=name == "chat", what="data.max_length")
     splits: dict[str, Dataset] = {}
     for split, part in rows.items():
         annotated, step = _annotated(part, split, tokenizer, config, name)
@@ -119,12 +119,12 @@ def _annotated(
             "version": VERSION,
         },
         remove_columns=rows.column_names,
-        features=Features(FEATURES | _NOTES),
+        features=Features(FEATURES | NOTES),
         num_proc=config.num_proc,
         desc=f"tokenize {split}",
     )
     state = column(noted, "_state")
-    keep = state != _DROPPED
+    keep = state != DROPPED
     step = Step(
         "tokenize",
         split,
@@ -134,12 +134,12 @@ def _annotated(
         removed={"without a target within max_length": int((~keep).sum())},
         changed={
             "windows of longer rows" if name == "text" else "cut at max_length": int(
-                (state == _CUT).sum()
+                (state == CUT).sum()
             )
         },
     )
     kept = noted if keep.all() else noted.select(np.flatnonzero(keep))
-    return kept.remove_columns(list(_NOTES)), step
+    return kept.remove_columns(list(NOTES)), step
 
 
 def _annotate_batch(
@@ -151,22 +151,38 @@ def _annotate_batch(
     packing: bool,
     version: int,
 ) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {key: [] for key in (*FEATURES, *_NOTES)}
-    for ids, labels in annotate(batch, tokenizer, name, separator):
-        # Long text goes on in further windows (packing cuts it itself); of other rows the end goes.
-        length = len(ids) if name == "text" and packing else max_length
-        starts = range(0, len(ids), length) if name == "text" else (0,)
-        for start in starts:
-            window = slice(start, start + length)
-            targets = sum(label != IGNORE for label in labels[window][1:])
-            columns["input_ids"].append(ids[window])
-            columns["labels"].append(labels[window])
-            columns["_state"].append(
-                _DROPPED if not targets else _CUT if len(ids) > length else _WHOLE
-            )
-            columns["_tokens"].append(len(ids[window]))
-            columns["_targets"].append(targets)
+    columns: dict[str, list[Any]] = {key: [] for key in (*FEATURES, *NOTES)}
+    text = name == "text"
+    for row in annotate(batch, tokenizer, name, separator):
+        for window in windows(row, max_length, text=text, cut=not text or not packing):
+            for key, value in window.items():
+                columns[key].append(value)
     return columns
+
+
+def windows(row: Annotated, max_length: int, *, text: bool, cut: bool) -> list[dict[str, Any]]:
+    """The rows of at most ``max_length`` tokens that one annotated row gives, with notes.
+
+    text: long rows go on in further rows; of others the end is left out
+    cut: False leaves long rows whole, for packing, which cuts them itself
+    """
+    ids, labels = row
+    length = max_length if cut else max(len(ids), 1)
+    found = []
+    for start in range(0, len(ids), length) if text else (0,):
+        window = slice(start, start + length)
+        targets = sum(label != IGNORE for label in labels[window][1:])
+        state = DROPPED if not targets else CUT if len(ids) > length else WHOLE
+        found.append(
+            {
+                "input_ids": ids[window],
+                "labels": labels[window],
+                "_state": state,
+                "_tokens": len(ids[window]),
+                "_targets": targets,
+            }
+        )
+    return found
 
 
 def _format(rows: DatasetDict) -> Format:
@@ -177,16 +193,22 @@ def _format(rows: DatasetDict) -> Format:
     raise InputError(f"rows with the columns {sorted(columns)} cannot be tokenized: use clean_rows")
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, config: DataConfig, name: Format) -> None:
-    if name == "chat":
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, *, chat: bool, what: str
+) -> None:
+    """InputError for a tokenizer without what the rows need, or with fewer positions.
+
+    what: the name of the setting that gives max_length, for the message
+    """
+    if chat:
         _template(tokenizer)
     elif tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token, so documents cannot end: set one")
     limit = tokenizer.model_max_length
-    if config.max_length > limit and limit < _UNLIMITED:
+    if max_length > limit and limit < _UNLIMITED:
         raise InputError(
-            f"data.max_length is {config.max_length}, but the tokenizer's model takes {limit} "
-            f"tokens: set data.max_length to at most {limit}"
+            f"{what} is {max_length}, but the tokenizer's model takes {limit} "
+            f"tokens: set {what} to at most {limit}"
         )
 
 
@@ -223,20 +245,20 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _marked_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
-    encoded = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
     ids = encoded["input_ids"]
     pairs = zip(ids, encoded["assistant_masks"], strict=True)
     return ids, [token if learnt else IGNORE for token, learnt in pairs]
 
 
 def _prefix_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
-    ids = _render(tokenizer, messages)["input_ids"]
+    ids = render(tokenizer, messages)["input_ids"]
     labels = [IGNORE] * len(ids)
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:place], add_generation_prompt=True)["input_ids"]
-        after = _render(tokenizer, messages[: place + 1])["input_ids"]
+        before = render(tokenizer, messages[:place], add_generation_prompt=True)["input_ids"]
+        after = render(tokenizer, messages[: place + 1])["input_ids"]
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise InputError(
                 "the chat template does not mark the assistant's tokens, and its first "
@@ -247,7 +269,7 @@ def _prefix_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
     return ids, labels
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any
 ) -> dict[str, Any]:
     try:

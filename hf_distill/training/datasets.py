@@ -8,13 +8,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill import data
-from hf_distill.data import Collator, collator
+from hf_distill.data import Collator, collator, find_form, is_raw, tokenize_raw_rows
+from hf_distill.data.forms import known_forms
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.base import base_model
+from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.loading import local_tokenizer
-from hf_distill.models.positions import position_limit
 from hf_distill.training.arguments import DistillationArguments
 
 DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
@@ -27,8 +27,10 @@ def prepare_datasets(args: DistillationArguments, student: Any, given: dict[str,
         a collator where there is none
     returns: what was done, a line for each data set
     """
-    limit = None if student is None else position_limit(base_model(student))
-    prepare = RowPreparation(args, given.get("processing_class"), student, limit)
+    limit = None if student is None else max_positions(base_model(student).config)
+    own = given.get("data_collator") is not None
+    tokenizer = given.get("processing_class")
+    prepare = RowPreparation(args, tokenizer, student, limit, own_collator=own)
     for name in ("train_dataset", "eval_dataset"):
         if given.get(name) is not None:
             given[name] = prepare(given[name], name)
@@ -45,13 +47,21 @@ class RowPreparation:
 
     tokenizer: the trainer's `processing_class`; found beside a local student if it is missing
     positions: the most tokens that the student takes, None if there is no limit
+    own_collator: whether the user gave a collator
     lines: what was done, one line for each data set
     """
 
     def __init__(
-        self, args: DistillationArguments, tokenizer: Any, model: Any, positions: int | None
+        self,
+        args: DistillationArguments,
+        tokenizer: Any,
+        model: Any,
+        positions: int | None,
+        *,
+        own_collator: bool,
     ) -> None:
         self.args, self.tokenizer, self._model, self._positions = args, tokenizer, model, positions
+        self._own_collator = own_collator
         self.lines: list[str] = []
 
     def __call__(self, dataset: Any, name: str) -> Any:
@@ -66,16 +76,14 @@ class RowPreparation:
             return {key: self(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
         if isinstance(dataset, list | tuple):
             first = dataset[0] if dataset else None
-            if not isinstance(first, Mapping) or "input_ids" in first:
+            if not isinstance(first, Mapping) or "input_ids" in first or not find_form(list(first)):
                 return dataset
             dataset = Dataset.from_list(list(dataset))
-        if not isinstance(dataset, Dataset | IterableDataset) or not getattr(
-            data, "is_raw", lambda rows: False
-        )(dataset):
+        if not isinstance(dataset, Dataset | IterableDataset) or not self._raw(dataset, name):
             return dataset
         tokenizer = self._tokenizer(name)
         with self.args.main_process_first(desc="tokenizing", local=False):
-            rows, line = data.tokenize_raw_rows(
+            rows, line = tokenize_raw_rows(
                 dataset,
                 tokenizer,
                 max_length=self._max_length(tokenizer),
@@ -86,6 +94,19 @@ class RowPreparation:
             )
         self.lines.append(f"{name}: {line}")
         return rows
+
+    def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
+        if not self.args.remove_unused_columns and self._own_collator:
+            return False  # the user's collator reads the rows as they are
+        names = dataset.column_names or list(next(iter(dataset), {}))
+        if is_raw(dataset):
+            return True
+        if "input_ids" not in names and not self._own_collator and names:
+            raise InputError(
+                f"{name} has the columns {', '.join(names)}: rows need input_ids, or the columns "
+                f"of a known form ({known_forms()})"
+            )
+        return False
 
     def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None and self._model is not None:

@@ -19,7 +19,7 @@ from hf_distill.errors import InputError
 
 def gather(folder: Path, train: str | list[str], **options: Any) -> tuple[list[Any], str]:
     config = DataConfig(train=train, **options)
-    rows, name = collect(config, train, config.split, folder / "cache")
+    rows, name, _ = collect(config, train, config.split, folder / "cache")
     return list(rows), name
 
 

@@ -172,7 +172,7 @@ def test_no_option_is_left_out_above() -> None:
     added -= {"fused_head", "head_memory_mb"}
     added -= {"mixed_recordings"}  # changes what is refused: tests/recordings
     added -= {"teacher_placement"}  # where its weights are: tests/teachers/test_placement.py
-    # How raw rows are tokenized: tests/training/test_raw_rows.py.
+    # How raw rows are tokenized: tests/training/test_trainer_rows.py.
     added -= {"max_length", "packing", "completion_only_loss", "assistant_only_loss"}
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}

@@ -1,0 +1,127 @@
+"""The trainer takes rows as people have them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PeftModel
+from trainer_setup import arguments, make_rows, small_model
+
+from hf_distill import DistillationTrainer, InputError
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Four."}
+FORMS: dict[str, dict[str, Any]] = {
+    "text": {"text": "a dog and a fox"},
+    "prompt_completion": {"prompt": "the quick", "completion": " brown fox"},
+    "conversational": {"prompt": [USER], "completion": [ANSWER]},
+    "messages": {"messages": [USER, ANSWER]},
+    "alpaca": {"instruction": "say", "input": "dog", "output": "a dog"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    made = copy.deepcopy(tiny_tokenizer)
+    made.chat_template = CHATML
+    return made
+
+
+def make(tmp_path: Path, rows: Any, tokenizer: Any, **options: Any) -> DistillationTrainer:
+    extra = {k: options.pop(k) for k in ("eval_dataset", "peft_config") if k in options}
+    return DistillationTrainer(
+        options.pop("model", None) or small_model(0, vocab_size=300, n_positions=64),
+        teacher=small_model(1, vocab_size=300, n_positions=64),
+        args=arguments(tmp_path, **({"max_steps": 2} | options)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream", "list", "packed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains(
+    form: str, kind: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = [{**FORMS[form], "id": n} for n in range(12)]
+    rows: Any = listed if kind == "list" else Dataset.from_list(listed)
+    rows = rows.to_iterable_dataset() if kind == "stream" else rows
+    trainer = make(tmp_path, rows, tokenizer, packing=kind == "packed", eval_dataset=listed[:4])
+    told = [line for line in capsys.readouterr().out.splitlines() if "_dataset:" in line]
+    assert len(told) == 2  # a line a data set
+    assert "tokenized, at most 64 tokens a row" in told[0]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_from_folders(tmp_path: Path, tokenizer: Any) -> None:
+    """A student's own tokenizer is found beside it."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        small_model(seed, vocab_size=300, n_positions=64).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    trainer = DistillationTrainer(
+        str(tmp_path / "student"),
+        teacher=str(tmp_path / "teacher"),
+        args=arguments(tmp_path / "out", max_steps=1),
+        train_dataset=Dataset.from_list([FORMS["text"]] * 8),
+    )
+    trainer.train()
+    assert trainer.processing_class is not None
+
+
+def test_rows_with_ids_pass_untouched(tmp_path: Path, tokenizer: Any) -> None:
+    rows = Dataset.from_list(make_rows(8, seed=1))
+    assert make(tmp_path, rows, tokenizer).train_dataset is rows
+
+
+def test_flags_decide_what_is_learnt(tmp_path: Path, tokenizer: Any) -> None:
+    def targets(form: str, **options: Any) -> int:
+        trainer = make(tmp_path, [FORMS[form]] * 4, tokenizer, **options)
+        return sum(label != -100 for label in trainer.train_dataset[0]["labels"])
+
+    assert targets("prompt_completion", completion_only_loss=False) > targets("prompt_completion")
+    assert targets("messages") > targets("messages", assistant_only_loss=True)
+    longest = make(tmp_path, [{"text": "a dog " * 50}], tokenizer, max_length=10).train_dataset
+    assert max(map(len, longest["input_ids"])) == 10
+
+
+def test_weights_of_raw_rows(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**FORMS["text"], "ce_weight": float(n % 2)} for n in range(8)]
+    trainer = make(tmp_path, rows, tokenizer)
+    assert trainer.train_dataset["ce_weight"][:2] == [0.0, 1.0]
+    trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_peft_config(tmp_path: Path, tokenizer: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    trainer = make(tmp_path, [FORMS["text"]] * 8, tokenizer, peft_config=config)
+    assert isinstance(trainer.model, PeftModel)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+    trainer.train()
+    with pytest.raises(InputError, match="the student has an adapter already"):
+        make(tmp_path, [FORMS["text"]], tokenizer, model=trainer.model, peft_config=config)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenized", "message"),
+    [
+        (DatasetDict(train=Dataset.from_list([FORMS["text"]])), True, r"dataset\['train'\]"),
+        (Dataset.from_list([{"body": "a"}]), True, "train_dataset has the columns body: rows need"),
+        (Dataset.from_list([FORMS["text"]]), False, "holds raw rows, but the trainer has no token"),
+    ],
+)
+def test_refused(rows: Any, tokenized: bool, message: str, tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, rows, tokenizer if tokenized else None)
