@@ -1,4 +1,4 @@
-"""The command line: `hf-distill run | record | plan | evaluate | report | publish`."""
+"""The commands: `hf-distill run | sweep | record | plan | evaluate | report | publish`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from hf_distill.errors import InputError, silence_libraries
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder, as runs/quickstart.")]
+Folders = Annotated[
+    list[Path],
+    typer.Argument(metavar="FOLDER...", help="Run folders, or a folder that holds run folders."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.alpha=0.9."),
@@ -52,11 +55,23 @@ def _options(
 
 
 @app.command(short_help="Run a recipe, from raw text to the report.")
-def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    share_with: Annotated[
+        Path | None,
+        typer.Option(
+            "--share-with",
+            metavar="FOLDER",
+            help="A folder of other runs: results made from the same inputs are taken from there.",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """Run a recipe: prepare, teacher, record, student, baseline, train, evaluate, report.
 
     Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
-    whole checkpoint. All results are in the run folder, output_dir/name.
+    complete checkpoint. All results are in the run folder, output_dir/name.
 
     \b
     hf-distill run recipes/quickstart.yaml
@@ -68,9 +83,50 @@ def run(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> Non
         from hf_distill.recipes import load_recipe
         from hf_distill.recipes.stages import STAGES, open_run
 
-        with open_run(load_recipe(recipe, set_ or ()), recipe) as this_run:
+        with open_run(load_recipe(recipe, set_ or ()), recipe, share_with) as this_run:
             for stage in STAGES:
                 stage(this_run)
+
+
+@app.command(short_help="Run a recipe over a grid of settings, and compare the runs.")
+def sweep(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+    """Run a recipe for every combination of the values given, one run after the other.
+
+    Several values of a key stand between commas; a list in brackets is one value. The run folders
+    are in output_dir/name-sweep. Results of stages with the same inputs (data, teacher, recording,
+    baseline) are made once and shared. The same command goes on after an interruption. At the end
+    the page compare.html and a table put the runs side by side, seeds as mean and standard
+    deviation. Runs are started in this machine's own process, not through accelerate.
+
+    \b
+    hf-distill sweep recipes/quickstart.yaml --set train.temperature=1,2,4 --set seed=0,1,2
+    hf-distill sweep recipes/gpt2.yaml --set train.divergence=forward_kl,jsd --set seed=0,1
+    """
+    with guarded(debug):
+        from rich.console import Console
+
+        from hf_distill.recipes import sweep as sweeps
+        from hf_distill.reporting.compare_runs import write_comparison
+        from hf_distill.reporting.runs import find_runs, group_runs, groups_table
+
+        planned = sweeps.plan_sweep(recipe, set_ or ())
+        total = len(planned.points)
+        typer.echo(f"sweep: {total} runs in {planned.folder}")
+        for number, point in enumerate(planned.points, 1):
+            typer.echo(f"sweep: run {number} of {total}, {point.name}")
+            code = sweeps.run_point(recipe, point, planned.folder)
+            if code:
+                typer.echo(
+                    f"error: run {point.name!r} ended with exit code {code}; the {number - 1} runs "
+                    "before it are kept, and the same command goes on from here",
+                    err=True,
+                )
+                raise typer.Exit(code)
+        folders = [planned.folder / point.name for point in planned.points]
+        page, _ = write_comparison(folders, planned.folder / sweeps.PAGE)
+        _, groups = group_runs(find_runs(folders)[0])
+        Console(width=None if sys.stdout.isatty() else 120).print(groups_table(groups))
+        typer.echo(page)
 
 
 @app.command(short_help="Record a teacher over a recipe's rows, and train nothing.")
@@ -187,17 +243,49 @@ def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -
             measure_again(this_run)
 
 
-@app.command(short_help="Write the report of a run folder again.")
-def report(folder: Folder, debug: Debug = False) -> None:
-    """Write the report.html of a run folder again, from the files in it.
+@app.command(short_help="Write the report of a run again, or compare several runs.")
+def report(
+    folders: Folders,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Where the comparison goes; by default compare.html in the runs' common folder.",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the report.html of a run folder again, or one page that compares several runs.
+
+    With several folders, or a folder that holds run folders, the page shows the settings that
+    differ, the figures side by side (runs that differ in the seed only as mean and standard
+    deviation), and the curves in one plot.
 
     \b
     hf-distill report runs/quickstart
+    hf-distill report runs/*
+    hf-distill report runs --output comparison.html
     """
     with guarded(debug):
+        from hf_distill.reporting.compare_runs import write_comparison
         from hf_distill.reporting.report import write_report
 
-        typer.echo(write_report(folder))
+        if len(folders) == 1 and output is None and not _holds_runs(folders[0]):
+            typer.echo(write_report(folders[0]))
+            return
+        common = folders[0] if len(folders) == 1 else folders[0].parent
+        # Other files may match runs/* too.
+        given = [folder for folder in folders if folder.is_dir()] if len(folders) > 1 else folders
+        page, unfinished = write_comparison(given, output or common / "compare.html")
+        if unfinished:
+            names = ", ".join(folder.name for folder in unfinished)
+            typer.echo(f"left out, since they are not finished: {names}", err=True)
+        typer.echo(page)
+
+
+def _holds_runs(folder: Path) -> bool:
+    return not (folder / "recipe.yaml").exists() and any(folder.glob("*/recipe.yaml"))
 
 
 @app.command(short_help="Push a student and its card to the Hub.")
@@ -243,6 +331,8 @@ def guarded(debug: bool = False) -> Iterator[None]:
     silence_libraries()
     try:
         yield
+    except typer.Exit:
+        raise
     except (InputError, KeyboardInterrupt, Exception) as error:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise

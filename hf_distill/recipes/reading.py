@@ -60,7 +60,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return _validated(values)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}{_hint(str(error), overrides)}") from error
+
+
+def _hint(message: str, overrides: Sequence[str]) -> str:
+    """What to do where a key was given several values."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "," in value and message.startswith(f"{key.strip()} is "):
+            return "; to run with several values use `hf-distill sweep`"
+    return ""
 
 
 def parse_recipe(text: str) -> Recipe:

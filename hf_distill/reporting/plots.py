@@ -22,9 +22,14 @@ from hf_distill.reporting.formatting import BY_KEY, compact, measured
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {"teacher": "#0a0a01", "initial": "#0a0a02", "baseline": "#0a0a03", "student": "#0a0a04"}
 MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "student": "o"}
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
-    colour: role for role, colour in COLOURS.items()
-}
+# One for each line of `overlaid`; beyond so many they repeat.
+LINES = 12
+_LINE_COLOURS = [f"#0b0b{number:02x}" for number in range(LINES)]
+_VARIABLES = (
+    {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
+    | {colour: role for role, colour in COLOURS.items()}
+    | {colour: f"line-{number}" for number, colour in enumerate(_LINE_COLOURS)}
+)
 
 LOG_FROM_RATIO = 8
 WARM_UP = 0.1  # of the steps: the first fall of a loss would flatten all that follows
@@ -71,6 +76,31 @@ def curves(
     if key in BY_KEY and BY_KEY[key].percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return _svg(figure, f"{title} over the optimizer steps", key)
+
+
+def overlaid(
+    lines: Sequence[tuple[int, Sequence[tuple[float, float]]]], key: str, title: str
+) -> str | None:
+    """Several runs in one panel.
+
+    lines: by run, the number of its colour (below `LINES`) and its (step, value) points
+    returns: SVG, or None where no run has a point
+    """
+    lines = [(colour, points) for colour, points in lines if points]
+    if not lines:
+        return None
+    figure, axes = _axes(title)
+    for colour, points in lines:
+        style: dict[str, Any] = {"color": _LINE_COLOURS[colour], "markeredgecolor": PAPER}
+        axes.plot(*zip(*points, strict=True), linewidth=1.6, marker="o", markersize=4, **style)
+    last = max(step for _, points in lines for step, _ in points)
+    settled = [v for _, points in lines for step, v in points if step >= WARM_UP * last]
+    margin = 0.06 * (max(settled) - min(settled)) or 0.1
+    axes.set(ylim=(min(settled) - margin, max(settled) + margin), xlim=(0, 1.02 * last))
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    return _svg(figure, f"{title} over the optimizer steps", f"runs-{key}")
 
 
 def series(history: History, key: str) -> list[tuple[float, float]]:

@@ -58,7 +58,7 @@ def write_report(run_dir: str | Path) -> Path:
             f"{str(run_dir / 'metrics.json')!r} has no figures of a student: "
             "delete the file and run the evaluation again"
         )
-    page = _TEMPLATES.get_template("report.html.jinja").render(_context(run_dir, metrics, models))
+    page = TEMPLATES.get_template("report.html.jinja").render(_context(run_dir, metrics, models))
     path = run_dir / "report.html"
     unfinished = run_dir / ".report.html.unfinished"
     unfinished.write_text(page, encoding="utf-8")
@@ -251,17 +251,30 @@ def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
     }
     labels = {
         "ce": "Cross-entropy (nats per target)",
-        **{name: _divergence_label(name) for name in divergences(histories)},
+        **{name: divergence_label(name) for name in divergences(histories)},
         "loss": "Training objective, each its own",
         "top1_agreement": "Top-1 agreement with the teacher",
     }
     if not any(plots.series(history, "ce") for history in histories.values()):
         labels["loss"] = "Loss"
     references = {"ce": _last(histories, "eval_teacher_ce")}
+    alike = {role: h for role, h in histories.items() if _same_divergence(run_dir, role)}
     drawn = (
-        plots.curves(histories, key, label, references.get(key)) for key, label in labels.items()
+        plots.curves(
+            alike if key in divergences(histories) else histories, key, label, references.get(key)
+        )
+        for key, label in labels.items()
     )
     return [svg for svg in drawn if svg]
+
+
+def _same_divergence(run_dir: Path, role: str) -> bool:
+    """Whether a model's divergence was logged as the student's was, and can be drawn beside it."""
+    ours, theirs = (
+        (_read_json(run_dir / name / "training_results.json", dict) or {}).get("divergence")
+        for name in ("student", role)
+    )
+    return ours == theirs
 
 
 def _last(histories: Mapping[str, plots.History], key: str) -> float | None:
@@ -276,7 +289,8 @@ def divergences(histories: Mapping[str, plots.History]) -> list[str]:
     return [key for key in keys if f"eval_{key}" in keys and key not in NOT_DIVERGENCES]
 
 
-def _divergence_label(name: str) -> str:
+def divergence_label(name: str) -> str:
+    """The title of a divergence's plot."""
     return DIVERGENCE_NAMES.get(name, name.replace("_", " ").capitalize())
 
 
@@ -333,11 +347,11 @@ def _parse_recipe(run_dir: Path, text: str | None) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("hf_distill.reporting"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_TEMPLATES.filters["number"] = number
+TEMPLATES.filters["number"] = number

@@ -50,8 +50,14 @@ def _decide_student(recipe: Recipe) -> Any:
     return [recipe.seed, made_of, section.layers and _given_teacher(recipe)]
 
 
+# What decides nothing about a training with cross-entropy only but the divergence that it logs.
+OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew")
+
+
 def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:
-    train = arguments(recipe.train) | ({} if distilled else {"alpha": 0.0})
+    train = arguments(recipe.train)
+    if not distilled:  # of the objective only the cross-entropy is left
+        train = {key: v for key, v in train.items() if key not in OF_THE_DIVERGENCE}
     lora = recipe.student.lora and recipe.student.lora.model_dump()
     return [recipe.seed, train, lora, _given_teacher(recipe)]
 

@@ -19,14 +19,15 @@ LOCK = ".lock"
 
 
 @contextmanager
-def open_run(recipe: Recipe, source: str | Path) -> Iterator[Run]:
+def open_run(recipe: Recipe, source: str | Path, share_with: Path | None = None) -> Iterator[Run]:
     """The run of a recipe, its folder locked against a second run, the resolved recipe in it.
 
     source: the recipe's file, by which a later run knows that the folder is its own
+    share_with: a folder of other runs; see `Run`
     raises: InputError if the folder is another recipe's, holds something else, or is in use. A
         folder that was made for nothing, because the first stage found bad input, is removed.
     """
-    run = Run(recipe)
+    run = Run(recipe, share_with)
     assert run.state  # first, so that its patience is the process group's
     _tell_of_missing_processes(run)
     check_arguments(recipe)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -31,6 +32,9 @@ from hf_distill.evaluation.performance import give_back_memory
 from hf_distill.recipes import Recipe
 
 T = TypeVar("T")
+
+# Reports name their own run.
+NEVER_SHARED = ("report",)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class Stage:
             run.from_main(lambda: remove(work))  # what a kill just before the end has left
             run.say(f"{self.name}: unchanged, skipped")
             return
+        if (other := run.from_main(lambda: run.same_elsewhere(self))) is not None:
+            run.from_main(lambda: _take_over(run, self, other, fingerprint))
+            run.say(f"{self.name}: made from the same inputs in {other.name}, shared")
+            return
         run.say(f"{self.name}: {self.doing}")
         engine = f"{run.state.distributed_type.value} x {run.state.num_processes}"
         inputs = {"fingerprint": fingerprint, "engine": engine}
@@ -86,9 +94,11 @@ class Stage:
 class Run:
     """One recipe and its run folder, seen from one of its processes."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, share_with: Path | None = None) -> None:
+        """share_with: a folder of other runs, whose results are taken over where they serve"""
         self.recipe = recipe
         self.folder = Path(recipe.output_dir) / recipe.name
+        self.share_with = share_with
         self._fingerprints: dict[str, str] = {}
 
     @cached_property
@@ -145,6 +155,17 @@ class Run:
         exists = (self.folder / stage.result).exists()
         return exists and stamp.get("fingerprint") == self.fingerprint(stage)
 
+    def same_elsewhere(self, stage: Stage) -> Path | None:
+        """Another run's folder that has this stage's result, made from the same inputs."""
+        if self.share_with is None or stage.name in NEVER_SHARED:
+            return None
+        for folder in sorted(self.share_with.glob("*")):
+            stamp = read_json(folder / "work" / f"{stage.name}.json") or {}
+            same = stamp.get("fingerprint") == self.fingerprint(stage)
+            if same and folder != self.folder and (folder / stage.result).exists():
+                return folder
+        return None
+
 
 def stamp_of(run: Run, stage: Stage) -> Path:
     """The file that says from which inputs the stage's result was made."""
@@ -188,6 +209,25 @@ def _begin(work: Path, inputs: dict[str, str], keeps: tuple[str, ...]) -> None:
         if (work / "result" / part).exists():
             (work / "result" / part).rename(work / part)
     remove(work / "result")
+
+
+def _take_over(run: Run, stage: Stage, other: Path, fingerprint: str) -> None:
+    """The result of another run, as hard links: whoever changes a file later replaces it."""
+    work, source = run.folder / "work" / stage.name, other / stage.result
+    remove(work)
+    work.mkdir(parents=True)
+    if source.is_dir():
+        shutil.copytree(source, work / "result", copy_function=_link)
+    else:
+        _link(source, work / "result")
+    _finish(run, stage, fingerprint, 0.0)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
 
 
 def _finish(run: Run, stage: Stage, fingerprint: str, seconds: float) -> None:

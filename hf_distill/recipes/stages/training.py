@@ -35,6 +35,9 @@ from hf_distill.reporting.formatting import compact
 from hf_distill.training.checkpoints import last_complete_checkpoint
 from hf_distill.training.trainer import DistillationTrainer
 
+# The settings of the divergence that a training logs, by which the report knows what to overlay.
+DIVERGENCE = ("divergence", "temperature", "beta", "skew")
+
 
 def train_teacher(run: Run, result: Path) -> None:
     """`teacher/`: a model of the recipe's config, trained from random weights on the rows."""
@@ -118,8 +121,9 @@ def _train(
     if trainer.is_world_process_zero():
         (result / "log_history.json").write_text(json.dumps(trainer.state.log_history))
         engine = trainer.accelerator.distributed_type.value
-        facts = {"train_seconds": round(clock.seconds, 2), "engine": engine}
+        facts: dict[str, Any] = {"train_seconds": round(clock.seconds, 2), "engine": engine}
         facts["peak_memory_mb"] = round(peak.item() / MB)
+        facts["divergence"] = [getattr(args, name) for name in DIVERGENCE]
         (result / "training_results.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
