@@ -96,7 +96,7 @@ def sweep(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> N
     are in output_dir/name-sweep. Results of stages with the same inputs (data, teacher, recording,
     baseline) are made once and shared. The same command goes on after an interruption. At the end
     the page compare.html and a table put the runs side by side, seeds as mean and standard
-    deviation. Runs are started in this machine's own process, not through accelerate.
+    deviation. Each run is one process; `accelerate launch` is not used.
 
     \b
     hf-distill sweep recipes/quickstart.yaml --set train.temperature=1,2,4 --set seed=0,1,2
