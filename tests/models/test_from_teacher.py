@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hf_distill.errors import InputError
-from hf_distill.models.from_teacher import Stack, choose_layers, student_from_teacher
+from hf_distill.models.from_teacher import student_from_teacher
+from hf_distill.models.layer_selection import Stack, choose_layers
 
 LENGTH = 12  # positions of a test row: more than the sliding windows
 DEPTH = 4
@@ -304,7 +305,7 @@ def test_a_layer_whose_index_decides_what_it_computes_is_refused() -> None:
     config = copy.deepcopy(FAMILIES["gpt2"][1])
     config.scale_attn_by_inverse_layer_idx = True
     teacher = hf.GPT2LMHeadModel(config).eval()
-    with pytest.raises(InputError, match=r"layer 2 .* cannot become layer 1: its attn.scaling"):
+    with pytest.raises(InputError, match=r"layer 2 .* cannot become layer 1, since its attn.scaling"):
         student_from_teacher(teacher, [0, 2])
     student = student_from_teacher(teacher, [0, 1])
     torch.testing.assert_close(logits(student), logits(bypassed(teacher, [[0, 1]])))
@@ -313,14 +314,14 @@ def test_a_layer_whose_index_decides_what_it_computes_is_refused() -> None:
 def test_layers_of_different_build_are_refused() -> None:
     config = hf.Qwen3MoeConfig(**DECODER, num_experts=4, num_experts_per_tok=2,
                                moe_intermediate_size=8, decoder_sparse_step=2)  # fmt: skip
-    with pytest.raises(InputError, match=r"built differently|does not fit"):
+    with pytest.raises(InputError, match=r"the index decides what kind of layer"):
         student_from_teacher(hf.Qwen3MoeForCausalLM(config), [1, 3])
 
 
 def test_a_teacher_that_is_not_what_its_config_says_is_refused() -> None:
     teacher = build("llama")
     teacher.model.layers[1].mlp.up_proj = nn.Linear(16, 24, bias=True)
-    with pytest.raises(InputError, match="no place for the teacher's weight"):
+    with pytest.raises(InputError, match="that its config does not describe"):
         student_from_teacher(teacher, [0, 1])
     teacher.model.layers[1].mlp.up_proj = nn.Linear(16, 23, bias=False)
     with pytest.raises(InputError, match="does not fit what its config describes"):
@@ -330,3 +331,128 @@ def test_a_teacher_that_is_not_what_its_config_says_is_refused() -> None:
 def test_what_is_not_a_transformers_model_is_refused() -> None:
     with pytest.raises(InputError, match="a Linear, not a transformers model"):
         student_from_teacher(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+# ---- Layers whose kind is stated as a pattern, by index or by a period ----
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+HYBRIDS: dict[str, Any] = {
+    "llama4_text": lambda: hf.Llama4TextConfig(
+        **DECODER, intermediate_size_mlp=24, num_local_experts=2, interleave_moe_layer_step=2,
+        attention_chunk_size=8,
+    ),
+    "nemotron_h": lambda: hf.NemotronHConfig(
+        **{k: v for k, v in DECODER.items() if k != "num_hidden_layers"},
+        layers_block_type=["mamba", "attention", "mlp", "attention"], ssm_state_size=8,
+        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, conv_kernel=4, chunk_size=8,
+    ),
+    "gemma4_text": lambda: hf.Gemma4TextConfig(
+        **DECODER, global_head_dim=4, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=61, num_kv_shared_layers=0, sliding_window=4,
+    ),
+    "gemma3n_text": lambda: hf.Gemma3nTextConfig(
+        **(DECODER | {"intermediate_size": [24] * DEPTH}), hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=61, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * DEPTH, layer_types=MIXED, sliding_window=4,
+    ),
+    "jamba": lambda: hf.JambaConfig(
+        **DECODER, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **(DECODER | {"num_key_value_heads": 4}), first_k_dense_replace=1, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    ),
+}  # fmt: skip
+
+
+def build_hybrid(family: str) -> hf.PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(HYBRIDS[family]()).eval()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(torch.randn_like(value) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama4_text", [0, 2]),  # both without experts
+        ("llama4_text", [1, 2]),  # the one with experts comes first
+        ("nemotron_h", [0, 3]),
+        ("nemotron_h", [1, 2]),
+        ("gemma4_text", [0, 3]),
+        ("jamba", [0, 3]),
+        ("deepseek_v3", [0, 2, 3]),
+    ],
+)
+def test_hybrids_compute_what_they_did(family: str, layers: list[int], tmp_path: Any) -> None:
+    teacher = build_hybrid(family)
+    student = student_from_teacher(teacher, layers)
+    if family != "gemma4_text":  # embeddings by layer enter each block, bypassed ones too
+        torch.testing.assert_close(logits(student), logits(bypassed(teacher, [layers])))
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(student))
+    written = student.generate(input_ids=inputs(student)["input_ids"], max_new_tokens=2)
+    assert written.shape[1] > LENGTH
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+def test_embeddings_by_layer_are_cut_by_layer(family: str) -> None:
+    teacher = build_hybrid(family)
+    student = student_from_teacher(teacher, [0, 3])
+    name = "model.embed_tokens_per_layer.weight"
+    theirs, ours = teacher.state_dict()[name], student.state_dict()[name]
+    assert torch.equal(ours, theirs.view(61, DEPTH, 8)[:, [0, 3]].reshape(61, 16))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "message"),
+    [
+        ("jamba", "every_other", r"layer 2 .* cannot become layer 1, since the index decides"),
+        ("jamba", [1, 2], r"layer 2 .* cannot become layer 1"),
+        ("deepseek_v3", [1, 2], r"layer 1 .* cannot become layer 0"),
+        ("nemotron_h", [0, 2], "would have no attention layer"),
+    ],
+)
+def test_refused_with_what_would_work(family: str, layers: Any, message: str) -> None:
+    teacher = build_hybrid(family)
+    with pytest.raises(InputError, match=message) as error:
+        student_from_teacher(teacher, layers)
+    text = str(error.value)
+    assert "quantised" not in text
+    working = text.partition("layers=")[2].partition(" would work")[0].partition(" or ")[0]
+    student = student_from_teacher(teacher, [int(i) for i in working.strip("[]").split(",")])
+    assert logits(student).shape == (2, LENGTH, 61)
+
+
+def test_two_fields_that_state_one_count() -> None:
+    shape = {"hidden_size": 32, "embedding_dim": 32, "num_heads": 4, "vocab_size": 61}
+    teacher = hf.AutoModelForCausalLM.from_config(
+        hf.xLSTMConfig(**shape, num_blocks=DEPTH, num_hidden_layers=DEPTH)
+    )
+    student = student_from_teacher(teacher, [0, 3])
+    assert (student.config.num_blocks, student.config.num_hidden_layers) == (2, 2)
+    ours, theirs = (dict(model.named_parameters()) for model in (student, teacher))
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name.replace("blocks.1.", "blocks.3.")])
+
+
+def test_patterns_and_dictionaries_are_cut() -> None:
+    from hf_distill.models.shorter_config import _cut
+
+    config = hf.LlamaConfig(**DECODER)
+    config.layers_pattern = "M*-M"
+    config.per_layer_config = {}
+    config.layer_options = {"0": {"a": 1}, "3": {"b": 2}}
+    config.expert_layers = [1, 3]
+    _cut(config, ("num_hidden_layers",), [1, 3])
+    assert config.layers_pattern == "*M"
+    assert config.layer_options == {1: {"b": 2}}
+    assert config.expert_layers == [0, 1]
+    assert config.num_hidden_layers == 2
