@@ -1,9 +1,9 @@
-"""From raw text to an evaluated, documented student: what `hf-distill run` does, to be read.
+"""Run a recipe from raw text to an evaluated student, as `hf-distill run` does.
 
     accelerate launch recipes/distill.py recipes/gpt2.yaml --set train.max_steps=100
 
-on as many processes as accelerate starts. Copy it to add a step of your own. Every stage is skipped
-if nothing that decides its result has changed, and goes on where it was interrupted.
+runs on as many processes as accelerate starts. Copy this file to add a step of your own. A stage is
+skipped if its inputs have not changed, and resumes if it was interrupted.
 """
 
 import typer
@@ -27,7 +27,7 @@ def main(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> No
     with guarded(debug), open_run(load_recipe(recipe, set_ or ()), recipe) as run:
         prepare(run)  # raw text -> clean, tokenized, packed rows, and the tokenizer
         teacher(run)  # trained from scratch, unless the recipe names one
-        record(run)  # what the teacher says of every row, if the recipe wants it kept
+        record(run)  # the teacher's outputs for every row, if the recipe records them
         student(run)  # from a config, a checkpoint, or layers of the teacher
         baseline(run)  # the same student trained on the labels alone
         train(run)  # the distillation

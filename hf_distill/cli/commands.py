@@ -137,7 +137,7 @@ def record(
         bool,
         typer.Option(
             "--estimate",
-            help="Time a sample, tell size and hours for all training rows; record nothing.",
+            help="Estimate size and hours from a timed sample; record nothing.",
         ),
     ] = False,
     price: Annotated[
@@ -178,7 +178,7 @@ def record(
             )
 
 
-@app.command(short_help="Tell what a recipe takes: memory, hours, disk.")
+@app.command(short_help="Estimate memory, hours and disk of a recipe.")
 def plan(
     recipe: RecipeFile,
     devices: Annotated[
@@ -190,11 +190,11 @@ def plan(
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Tell what a recipe takes on each device, by part, and the first way to run that fits.
+    """Estimate the memory of a recipe on each device, by part, and the first way to run that fits.
 
-    A few real steps are measured here, with random weights and tokens (of models with one and two
-    layers, where the whole ones are too large for this machine), and set out for each engine.
-    Nothing is downloaded but configs, and nothing is written.
+    A few real steps are measured on this machine with random weights and tokens; models that are
+    too large are measured with one and two layers. Memory is then computed for each engine. Only
+    configs are downloaded, and nothing is written.
 
     \b
     hf-distill plan recipes/quickstart.yaml --devices 2 --memory 4GB
@@ -303,7 +303,7 @@ def publish(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Push a run's student to the Hub: weights, tokenizer, card, and nothing pickled.
+    """Push a run's student to the Hub: weights, tokenizer and card; nothing pickled.
 
     \b
     hf-distill publish runs/quickstart my-name/tiny-python --public
@@ -327,7 +327,7 @@ def publish(
 
 @contextmanager
 def guarded(debug: bool = False) -> Iterator[None]:
-    """Errors as one line: exit code 2 for what the user can mend, 1 for what we should."""
+    """Report errors in one line: exit code 2 for errors of input, 1 for those of the library."""
     silence_libraries()
     try:
         yield
@@ -337,8 +337,8 @@ def guarded(debug: bool = False) -> Iterator[None]:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise
         _fail(error)
-    # Left open, DeepSpeed on the CPU aborts at exit; so do gloo's threads, now and then, and what
-    # holds them (DDP wrappers, in reference cycles) has to go first.
+    # Without this, DeepSpeed on the CPU aborts at exit, and sometimes gloo's threads do. DDP
+    # wrappers in reference cycles hold them and have to be freed first.
     import torch
 
     gc.collect()
@@ -347,7 +347,7 @@ def guarded(debug: bool = False) -> Iterator[None]:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Say it once and leave. Of several processes that fail alike, the first one speaks."""
+    """Print the error once and exit. Of several processes that fail alike, the first one prints."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # The launcher ends this process as soon as the first one has ended with the same error.
@@ -358,7 +358,7 @@ def _fail(error: BaseException) -> NoReturn:
     message, code = _described(error)
     typer.echo(f"error{where}: {message}", err=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # No clean-up: what waits for the other processes would wait for ever.
+        # No clean-up: it would wait for the other processes for ever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Row by row: repair the text, and note whether the row may stay and what identifies it."""
+"""Repair the text of each row, decide whether the row stays, and compute its hashes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NGRAMS = "repeated n-grams"
 REASONS = ("", BLANK, UNTAUGHT, SHORT, LONG, LINES, NGRAMS)
 CHANGES = {"_repaired": "Unicode repaired", "_stripped": "control characters removed"}
 
-# Everything that would touch text which is already right is off: curly quotes, ligatures, full
-# width, HTML entities and decomposed accents all occur on purpose, in source code above all.
+# Options that would change correct text are off: curly quotes, ligatures, full width, HTML entities
+# and decomposed accents occur on purpose, above all in source code.
 _FTFY = ftfy.TextFixerConfig(
     unescape_html=False,
     remove_terminal_escapes=False,
@@ -56,7 +56,7 @@ Row = Mapping[str, Any]
 def examine(
     rows: Dataset, name: Format, clean: CleanConfig, split: str, num_proc: int | None
 ) -> Dataset:
-    """The rows with repaired text, and columns of notes about each.
+    """The rows with repaired text, and columns with facts about each.
 
     ``_reason``: index into ``REASONS``, 0 for a row that may stay
     ``_characters``, ``_hash`` (whole text), ``_learnt`` (hash of what is to be learnt, 0 for text),
@@ -107,7 +107,7 @@ def _examine_batch(
     for row in iterate(batch):
         for column, value in _examine_row(row, name, settings).items():
             columns[column].append(value)
-    # As numpy arrays: Arrow takes Python's integers for signed ones.
+    # As numpy arrays, since Arrow takes Python integers as signed.
     return columns | {
         "_hash": np.array(columns["_hash"], dtype=np.uint64),
         "_learnt": np.array(columns["_learnt"], dtype=np.uint64),
@@ -159,7 +159,7 @@ def _learnt(row: Row, name: Format) -> int:
 
 
 def _repair(text: str, clean: CleanConfig, note: Callable[[str], None]) -> str:
-    """The text with its damage undone; ``note`` hears the column name of each kind of change."""
+    """The repaired text; ``note`` is called with the column name of each kind of change."""
     if clean.repair_unicode and not text.isascii():
         repaired = ftfy.fix_text(text, _FTFY)
         if repaired != text:

@@ -1,4 +1,4 @@
-"""Rows of different lengths to one batch of tensors."""
+"""Pad rows of different lengths to a batch of tensors."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def collator(
     padding_side: Literal["right", "left"] = "right",
     pad_to_multiple_of: int | None = None,
 ) -> Collator:
-    """A ``Collator`` with the tokenizer's padding token, or its end-of-text token for want of one.
+    """A ``Collator`` with the tokenizer's padding token, or its end-of-text token if it has none.
 
-    pad_to_multiple_of: round lengths up, as tensor cores like it
+    pad_to_multiple_of: round lengths up to a multiple, for tensor cores
     raises: InputError if the tokenizer has neither token
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id

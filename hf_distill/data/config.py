@@ -1,4 +1,4 @@
-"""The recipe's ``data:`` section: which rows, how they are cleaned, how they become tokens."""
+"""The recipe's ``data:`` section: sources, cleaning, tokenization and packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Format = Literal["text", "prompt_completion", "chat"]
 
 
 class CleanConfig(BaseModel):
-    """What is repaired in a row, and which rows go. ``None`` or ``false`` switches a step off."""
+    """What is repaired in rows, and which rows are removed. ``None`` or ``false`` skips a step."""
 
     model_config = ConfigDict(extra="forbid")
 

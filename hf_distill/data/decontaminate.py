@@ -1,8 +1,8 @@
-"""Training rows that contain, or are contained in, an evaluation row, by sequences of 13 words.
+"""Find training rows that overlap with an evaluation row, by sequences of 13 words.
 
-One common sequence proves little: licence headers and prompt templates are shared by rows that
-have nothing else in common. So a training row goes only if it holds a given share of the
-sequences of one evaluation row, or one evaluation row that share of its own.
+One common sequence proves little, since unrelated rows share licence headers and prompt templates.
+A training row is removed only if it holds a given share of the sequences of one evaluation row, or
+if one evaluation row holds that share of its own.
 """
 
 from __future__ import annotations
@@ -87,6 +87,6 @@ def _index(evaluation: Dataset, name: Format) -> _Index:
 
 
 def _grams(text: str) -> Hashes:
-    """The different sequences of a text; none if it is shorter than one."""
+    """The distinct sequences of a text; none if the text is shorter than a sequence."""
     words = word_hashes(text)
     return np.unique(ngram_hashes(words, NGRAM_WORDS)) if len(words) >= NGRAM_WORDS else words[:0]

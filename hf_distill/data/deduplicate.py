@@ -1,7 +1,7 @@
-"""Which rows say what another row already says, and which would give the evaluation away.
+"""Find exact and near duplicates among rows, and rows similar to evaluation rows.
 
-Signatures stay on disk in the Arrow table. In memory are, per row, the hash of one band and the
-order of these hashes: at most some 40 bytes, however long the rows are.
+MinHash signatures stay on disk in the Arrow table. In memory are the hash of one band and the order
+of these hashes: at most about 40 bytes a row, whatever its length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hf_distill.data.hashing import PERMUTATIONS, Hashes, mix
 
 # 16 bands of 4: two rows of similarity 0.8 share a band with probability 0.9998, of 0.5 with 0.64;
-# what shares a band is then compared by the whole signature.
+# rows that share a band are then compared by the whole signature.
 BANDS = 16
 _WIDTH = PERMUTATIONS // BANDS
 _ROUNDS = 32  # comparisons of one row within one band, at most
@@ -80,7 +80,7 @@ def repeated(hashes: Hashes) -> Mask:
 
 
 def near_repeated(signatures: Signatures, threshold: float) -> Mask:
-    """(rows,) True for every row that is similar to an earlier one and teaches the same."""
+    """(rows,) True for every row that is similar to an earlier one and has the same targets."""
     return _similar_to_leader(signatures, threshold, len(signatures), learnt=True)
 
 
@@ -94,8 +94,9 @@ def _similar_to_leader(
 ) -> Mask:
     """Band by band: sort, and compare each row with the first of its bucket, then the second, ...
 
-    leaders: rows before this one may push others out; with fewer than all, they stay themselves
-    A row that went is not compared again, so a chain of small changes is not followed to its end.
+    leaders: only rows before this index can mark others as duplicates; if they are fewer than all
+        rows, they are never marked themselves
+    A marked row is not compared again, so that a chain of small changes is not followed to its end.
     """
     gone = np.zeros(len(signatures), dtype=bool)
     protected = leaders if leaders < len(signatures) else 0
@@ -119,7 +120,7 @@ def _similar_to_leader(
 
 
 def column(dataset: Dataset, name: str) -> NDArray:
-    """A column of numbers, whole, as one array."""
+    """A column of numbers as one array."""
     chunks = dataset.data.column(name).chunks
     return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
 

@@ -1,4 +1,4 @@
-"""Texts as numbers: a hash of the whole, hashes of word sequences, a MinHash signature.
+"""Hashes of texts: of the whole text, of word sequences, and MinHash signatures.
 
 Nothing here depends on Python's randomised ``hash``, so the numbers are the same in every process.
 """
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 SHINGLE_WORDS = 5
 PERMUTATIONS = 64
 _WORD = re.compile(r"\w+")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 loses nothing
-_FEWEST_WORDS = 50  # a shorter row repeats itself by accident ("The pity of it! The pity of it!")
-_CHUNK = 1 << 14  # n-grams that meet all permutations at once: 4 MB, whatever the row's length
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is invertible
+_FEWEST_WORDS = 50  # shorter rows repeat sequences by chance
+_CHUNK = 1 << 14  # n-grams hashed by all permutations at a time, in 4 MB
 _EMPTY = MinHash(num_perm=PERMUTATIONS, seed=1, scheme="affine32", hashfunc=int)
 
 Hashes = NDArray[np.uint64]
@@ -40,7 +40,7 @@ def word_hashes(text: str) -> Hashes:
 
 
 def ngram_hashes(words: Hashes, n: int) -> Hashes:
-    """(words - n + 1,) hashes of each sequence of n words; of all of them if there are fewer."""
+    """(words - n + 1,) hashes of each sequence of n words; one hash if there are fewer words."""
     if not len(words):
         return words
     n = min(n, len(words))
@@ -61,7 +61,7 @@ def mix(hashes: Hashes) -> Hashes:
 def signature(words: Hashes, fallback: int) -> NDArray[np.uint32]:
     """(PERMUTATIONS,) MinHash of the set of word sequences of a row.
 
-    words: of the row; fallback: what stands for a row without any word
+    words: of the row; fallback: the hash used for a row without words
     The share of equal entries of two signatures estimates the Jaccard similarity of their sets,
     with a standard error of at most 1 / (2 * sqrt(PERMUTATIONS)) = 0.06.
     """

@@ -1,9 +1,9 @@
-"""Several documents in one row of ``max_length`` tokens, so that little is spent on padding.
+"""Pack several documents into rows of ``max_length`` tokens, so that there is little padding.
 
-At a document's border attention either crosses (a model sees the documents before; the end-of-text
-token is all that parts them) or stays within the document: then positions restart at 0, which
-``transformers`` and flash attention take as the sign to keep documents apart, provided that no
-attention mask and no cache is given.
+Attention either crosses the border between documents, which are then separated by the end-of-text
+token only, or stays within a document. In the second case positions restart at 0 with each
+document. ``transformers`` and flash attention recognise this and keep documents apart, provided
+that they get no attention mask and no cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Block = list[Piece]
 
 
 class Filler(Protocol):
-    """Takes documents one by one and gives blocks as they become full."""
+    """Takes documents one by one and yields blocks as they become full."""
 
     def add(self, ids: Ints, labels: Ints) -> Iterator[Block]:
-        """A further document."""
+        """Add a document."""
 
     def flush(self) -> Iterator[Block]:
-        """Whatever is left, when there are no more."""
+        """The remaining blocks, after the last document."""
 
 
 class Splitter:
@@ -61,7 +61,7 @@ class Splitter:
 
 
 class Fitter:
-    """Blocks of whole documents: each goes where it leaves the least room, of the last few."""
+    """Blocks of whole documents; each goes into the open block where it leaves the least space."""
 
     def __init__(self, max_length: int) -> None:
         self._max_length = max_length
@@ -90,7 +90,7 @@ class Fitter:
 def pack(
     rows: Dataset, split: str, max_length: int, *, whole: bool, within: bool
 ) -> tuple[Dataset, Step]:
-    """Rows of up to ``max_length`` tokens made of the given ones, in one pass and one process.
+    """Pack rows into rows of up to ``max_length`` tokens, in one pass and one process.
 
     rows: ``input_ids`` and ``labels``
     whole: keep each document in one row (none may be longer than ``max_length``); otherwise all
@@ -118,7 +118,7 @@ def pack(
 
 
 class _Packer:
-    """The function that ``map`` calls batch after batch: it carries unfinished blocks over."""
+    """The function for ``map``, called batch after batch; it carries unfinished blocks over."""
 
     def __init__(self, rows: int, max_length: int, whole: bool, within: bool) -> None:
         self._last = rows - 1

@@ -1,4 +1,4 @@
-"""From the recipe's ``data:`` section to clean rows, with an account of what went."""
+"""Turn the recipe's ``data:`` section into clean rows, with a table of what was removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_distill.errors import InputError
 
 @dataclass
 class _Part:
-    """The rows of one split that are still in: a table on disk and the indices into it."""
+    """The remaining rows of one split: a table on disk and the indices of the rows in it."""
 
     split: str
     rows: Dataset
@@ -70,12 +70,12 @@ class _Part:
 def clean_rows(
     config: DataConfig, *, seed: int, work_dir: Path
 ) -> tuple[DatasetDict, PreparationTable]:
-    """Collect, repair, filter, set evaluation rows apart, remove what overlaps and repeats.
+    """Collect, repair and filter rows, hold out evaluation rows, remove overlap and duplicates.
 
     seed: decides which rows are held out or sampled
     work_dir: for Arrow files; a second call with the same settings and files reuses them
     returns: splits ``train`` and ``eval`` with the columns text, or prompt and completion, or
-        messages; and the account. Neither depends on ``num_proc``.
+        messages; and the table of steps. Neither depends on ``num_proc``.
     raises: InputError if a file is bad, or no training or evaluation row is left
     """
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _filter(part: _Part) -> Step:
 
 
 def _hold_out(train: _Part, fraction: float, seed: int) -> _Part:
-    """The rows of the smallest keys move to evaluation: equal rows have equal keys."""
+    """Move the rows with the smallest keys to evaluation. Equal rows have equal keys."""
     keys = train.keys(seed)
     if not len(keys):
         raise InputError("no row is left after cleaning: check data.clean and the files")

@@ -1,4 +1,4 @@
-"""From the words of a recipe (files, globs, folders) to a list of files."""
+"""Resolve the files, globs and folders of a recipe to a list of files."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def kind_of(path: Path) -> str:
 
 
 def delimiter_of(path: Path) -> str:
-    """What separates the columns of a CSV file: a comma, semicolon, tab or bar.
+    """The delimiter of a CSV file: comma, semicolon, tab or bar.
 
-    The one that gives the first rows equally many columns, more than one; a comma where none does.
+    It is the one that gives the first rows equally many columns, and more than one; a comma if none
+    does.
     """
     with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", newline="") as file:
         head = file.read(_HEAD)
@@ -64,9 +65,9 @@ def expand(place: str) -> str:
 
 
 def hub_id(places: Sequence[str]) -> str | None:
-    """The one place, if it can only be the id of a Hub data set; else None.
+    """The id, if there is one place and it can only be the id of a Hub data set; else None.
 
-    An id is ``name`` or ``owner/name``, is not there as a file and has no suffix of a data file.
+    An id is ``name`` or ``owner/name``, does not exist as a file, and has no suffix of a data file.
     """
     if len(places) != 1:
         return None

@@ -1,4 +1,4 @@
-"""Text rows to token ids, and labels that say which tokens are to be learnt."""
+"""Tokenize rows of text, and make labels for the tokens that are learnt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
-_UNLIMITED = 10**9  # tokenizers without a limit report an astronomic one
+_UNLIMITED = 10**9  # tokenizers without a limit report a huge number
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 WHOLE, CUT, DROPPED = 0, 1, 2  # the state of a row
 
@@ -36,9 +36,9 @@ def tokenize_rows(
     config: DataConfig,
     table: PreparationTable,
 ) -> tuple[DatasetDict, PreparationTable]:
-    """Token ids and labels, at most ``config.max_length`` a row, packed if the config says so.
+    """Token ids and labels, at most ``config.max_length`` a row, packed if the config asks for it.
 
-    rows: as ``clean_rows`` returns them; table: its account, which is continued
+    rows, table: as ``clean_rows`` returns them; the table is continued
     returns: splits with ``input_ids`` and ``labels`` (int32, unpadded; ``IGNORE`` where nothing is
         to be learnt), and ``position_ids`` where packed documents must not see each other
     raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
@@ -72,7 +72,7 @@ def annotate(
     name: Format,
     separator: str = "\n",
 ) -> list[Annotated]:
-    """Ids and labels of every row of a batch, whole: as long as they come.
+    """Ids and labels of every row of a batch, without any limit of length.
 
     text: all tokens are learnt, the end-of-text token after each document too
     prompt_completion: the completion and the end-of-text token after it; the ids of the prompt
@@ -220,7 +220,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text of its own accord, such as ``<s>``."""
+    """The ids that the tokenizer puts before every text, such as ``<s>``."""
     plain = _ids(tokenizer, ["a"])[0]
     dressed = tokenizer("a")["input_ids"]
     for start in range(len(dressed) - len(plain) + 1):

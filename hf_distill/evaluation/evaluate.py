@@ -1,8 +1,8 @@
 """Evaluate a model beside its teacher on held-out rows: quality, size, speed and memory.
 
-Quality comes from sums by row (`hf_distill.evaluation`), gathered over all processes, so that no
-figure depends on the batch size or on the number of processes. Speed and memory are measured on
-the main process alone, while the others wait.
+Quality is computed from sums by row (`evaluation.row_sums`), gathered over all processes, so that
+no figure depends on the batch size or on the number of processes. Speed and memory are measured on
+the main process while the others wait.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def evaluate_student(
     speed: bool = True,
     description: str = "evaluating",
 ) -> dict[str, float]:
-    """Quality of a model beside its teacher, and its size, speed and memory.
+    """Measure a model beside its teacher: quality, size, speed and memory.
 
     student: a causal language model; for the teacher's own figures, the teacher
-    teacher: what teaches; None leaves out what compares with it. Both models run in eval mode, in
-        their own dtype (and the accelerator's mixed precision, if it has one), and are handed back
-        as they were, but on the accelerator's device.
+    teacher: None leaves out the figures that compare with it. Both models run in eval mode, in
+        their own dtype (and the accelerator's mixed precision, if it has one). Their modes and
+        flags are restored afterwards; they stay on the accelerator's device.
     dataset: rows with input_ids, labels, and perhaps attention_mask, position_ids
     data_collator: rows to a padded batch; default `hf_distill.data.collator(tokenizer)`
-    batch_size: rows that a process looks at together
+    batch_size: rows at a time on each process
     shared_vocabulary: how many ids, from 0 on, mean the same to both, for KL and agreement;
         default: what both heads and the tokenizer have, checked where the teacher's is known
     speed: measure also prefill, decoding and peak memory, about a second for a small model

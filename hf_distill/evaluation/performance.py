@@ -1,4 +1,4 @@
-"""What a model costs: parameters, size, speed, memory."""
+"""Measure what a model costs: parameters, size, speed, memory."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def speed(
     repeats: int = REPEATS,
     budget_s: float = BUDGET_S,
 ) -> dict[str, float]:
-    """Speed and memory of a model in eval mode that answers one prompt, on the device where it is.
+    """Speed and memory of a model in eval mode on one prompt, on the device where it is.
 
-    The prompt is of random ids, since the text makes no difference; both lengths are cut to the
+    The prompt is random ids, since the text makes no difference. Both lengths are cut to the
     model's positions. Speeds are medians after a warm-up.
     returns: `prefill_tokens_per_s` (prompt tokens read, cache filled), `decode_tokens_per_s`
         (tokens after the first, greedy, with the cache), and `peak_memory_mb`, see there
@@ -98,15 +98,14 @@ def speed(
 
 @torch.no_grad()
 def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> float:
-    """Most memory that tensors take while a model reads and writes some tokens, in MB (10^6 bytes).
+    """The peak memory of tensors during prefill and decoding, in MB (10^6 bytes).
 
-    The model's own weights and buffers, and the most that prefill and decoding hold on top of them
-    (activations, cache, logits). Other models on the device do not count.
+    It is the model's own weights and buffers, plus the most that prefill and decoding hold on top
+    of them (activations, cache, logits). Other models on the device do not count.
 
-    On CUDA the allocator tells. Elsewhere the results of all operations are counted as they come
-    and go: the resident memory of a process also holds what earlier work has left behind, and
-    changes from run to run. Nearly all tokens are prompt, since decoding one by one adds nothing
-    to the peak but the cache.
+    On CUDA the allocator reports it. Elsewhere the results of all operations are counted while they
+    exist, since the resident memory of a process includes leftovers of earlier work and changes
+    from run to run. Nearly all tokens are prompt, since decoding adds only the cache to the peak.
     """
     few = min(4, tokens - 1)
     prompt = _random_prompt(model, tokens - few)
@@ -126,26 +125,26 @@ def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> floa
 
 
 class PeakMemory:
-    """The most memory that this process has held, in bytes: what its device's allocator gave, or
-    on a CPU what was resident (Linux; elsewhere the most since the process began)."""
+    """The peak memory of this process in bytes: that of its device's allocator, or on a CPU the
+    resident memory (on Linux; elsewhere the peak since the process began)."""
 
     @staticmethod
     def available() -> int:
-        """What is free now."""
+        """Bytes that are free now."""
         if torch.cuda.is_available():
             return torch.cuda.mem_get_info()[0]
         return psutil.virtual_memory().available
 
     @staticmethod
     def now() -> int:
-        """What is held now."""
+        """Bytes that are held now."""
         if torch.cuda.is_available():
             return torch.cuda.memory_allocated()
         return psutil.Process().memory_info().rss
 
     @staticmethod
     def forget() -> None:
-        """Let the peak begin afresh."""
+        """Reset the peak."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif CLEAR_REFS.exists():
@@ -153,7 +152,7 @@ class PeakMemory:
 
     @staticmethod
     def peak() -> int:
-        """The most that was held since it began afresh."""
+        """The peak since the last reset."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
         if not CLEAR_REFS.exists():
@@ -163,9 +162,9 @@ class PeakMemory:
 
 
 def give_back_memory() -> None:
-    """Hand what is free, but kept for later, back to the system: what comes next has its own peak.
+    """Return cached free memory to the system, so that the next stage has its own peak.
 
-    After the quickstart's rows are prepared that is 190 MB of 930, Arrow's and glibc's.
+    After the quickstart's rows are prepared this frees 190 of 930 MB, held by Arrow and glibc.
     """
     gc.collect()
     if torch.accelerator.is_available():
@@ -212,14 +211,14 @@ class _HeldBytes(TorchDispatchMode):
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of some tensors, those that share their memory counted once."""
-    # What is offloaded has no address to tell one from another.
+    """Bytes of some tensors; shared memory counts once."""
+    # Offloaded tensors have no address to tell them apart.
     distinct = {(t.device, t.data_ptr() or id(t), t.numel()): t for t in list(tensors)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
 def _random_prompt(model: Any, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)  # not the global one, which others depend on
+    generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
     ids = torch.randint(embedding_rows(model), (1, tokens), generator=generator)
     return ids.to(model.device)
 
@@ -236,7 +235,7 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> None:
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        synced_gpus=False,  # what runs here is whole, or run by all processes alike
+        synced_gpus=False,  # the model is whole here, or all processes run it alike
         num_beams=1,
         use_cache=True,
         min_new_tokens=new_tokens,
@@ -254,6 +253,6 @@ def _seconds(model: Any, work: Callable[[], None]) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    """Accelerators work behind; let them finish what they were asked."""
+    """Wait until an accelerator has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

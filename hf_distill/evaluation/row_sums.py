@@ -1,8 +1,7 @@
-"""What each row contributes to the metrics, as sums and counts over its targets.
+"""The contribution of each row to the metrics, as sums and counts over its targets.
 
-Rows are the unit because they survive everything that happens to a batch: whatever the batch size,
-the padding or the number of processes, the same rows give the same sums, and a row that was
-repeated to even out the last batch can be dropped.
+Rows are the unit because a row gives the same sums whatever the batch size, the padding and the
+number of processes, and because a row that was repeated to fill the last batch can be dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CHUNK_ELEMENTS = 2**22
 def row_sums(
     student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
 ) -> dict[str, Tensor]:
-    """Sums over each row's targets of what the metrics are made of.
+    """Sums over the targets of each row, from which the metrics are computed.
 
     student, teacher: (targets, vocabulary) logits of all targets, row after row, in any floating
         dtype; the vocabularies may differ in size; without a teacher `kl` and `agreed` are left out
@@ -46,7 +45,7 @@ def row_sums(
     chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
     columns = (student, student if teacher is None else teacher, labels[mask], row_of)
     for ours, theirs, label, row in zip(*(c.split(chunk) for c in columns), strict=True):
-        # The same object stays the same, so that a model agrees with itself exactly.
+        # The same object, so that a model agrees with itself exactly.
         other = None if teacher is None else ours if teacher is student else theirs
         values, bins = _judge(ours, other, label, shared)
         found = {name: sum_by_row(value, row, rows) for name, value in values.items()}
@@ -80,7 +79,7 @@ def _judge(
         log_theirs = log_ours if teacher is student else _log_softmax(theirs)
         values["kl"] = forward_kl(log_ours, log_theirs)
         values["agreed"] = (ours.argmax(-1) == theirs.argmax(-1)).float()
-    # Bin b holds (b / BINS, (b + 1) / BINS]. A NaN goes anywhere: the sums tell of it.
+    # Bin b holds (b / BINS, (b + 1) / BINS]. The bin of a NaN does not matter: the sums show it.
     bins = (confidence.nan_to_num(1.0) * BINS).ceil().long().clamp(1, BINS) - 1
     return values, bins
 

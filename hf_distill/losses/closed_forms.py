@@ -1,16 +1,16 @@
-"""A divergence's value together with its derivative, in closed form.
+"""The built-in divergences with their derivatives, in closed form.
 
-A built-in divergence is a sum over ids, and so is described by two functions of log_q and log_p
-(student and teacher, any shape), element by element:
+A built-in divergence is a sum over ids. Two elementwise functions of log_q and log_p (student and
+teacher, any shape) describe it:
 
-    v, what an id adds to the divergence
+    v, the summand of an id
     s = dD / d log_q of that id
 
-from which the derivative by the logits z that q is the softmax of is s - q * sum(s). For D as a
-function of q, s = q * dD/dq, up to a multiple of q, which the second term takes away again. No
-form divides by a probability that may have underflowed.
+With q = softmax(z), the derivative of D by the logits z is s - q * sum(s). As a function of q,
+s = q * dD/dq; adding a multiple of q to s changes nothing. No form divides by a probability that
+may have underflowed.
 
-`tests/test_gradients.py` compares each with autograd in float64.
+`tests/losses/test_closed_forms.py` compares each form with autograd in float64.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor
 from hf_distill.losses import divergences
 from hf_distill.losses.divergences import Divergence
 
-# Memory of a tensor's shape that the caller may write to.
+# Allocates memory of a tensor's shape.
 New = Callable[[Tensor], Tensor]
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, New], tuple[Tensor, Tensor]]
 
 
 def closed_form(divergence: Divergence) -> Form | None:
-    """v and s of a built-in divergence, with its parameter filled in; None for a user's own."""
+    """The form of a built-in divergence with its parameter filled in; None for a user's own."""
     function, options = divergence, {}
     if isinstance(divergence, partial) and not divergence.args:
         function, options = divergence.func, divergence.keywords
@@ -46,10 +46,10 @@ def value_and_slope(
     p: Tensor,
     new: New = torch.empty_like,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence of each target, (n,), and s, (n, ids); a user's own through autograd.
+    """The divergence of each target, (n,), and s, (n, ids). A user's own goes through autograd.
 
-    log_q, q, log_p, p: (n, ids) student and teacher; left as they are
-    new: where scratch memory comes from
+    log_q, q, log_p, p: (n, ids) student and teacher; not changed
+    new: allocator for scratch memory
     """
     form = closed_form(divergence)
     if form is not None:
@@ -109,7 +109,7 @@ def _tvd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New) -> tuple[
 
 
 def _positive(probabilities: Tensor) -> Tensor:
-    """Not zero where both distributions have underflowed, and so weigh nothing."""
+    """Clamp in place, so that the logarithm is finite where both distributions underflow."""
     return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny)
 
 

@@ -1,7 +1,7 @@
-"""Distances between a student's and a teacher's distribution, one number per position, in nats.
+"""Divergences between a student's and a teacher's distribution, per position, in nats.
 
 A divergence is a function of two arrays of log-probabilities, student first, and is zero where
-they agree. Anything of this form can be given to the trainer.
+they agree. The trainer takes any function of this form.
 
     student, teacher: (..., V) finite float32 log-probabilities, each row summing to one
     returns: (...)
@@ -27,12 +27,12 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher): keeps to the teacher's main modes. Source: arXiv:2306.08543."""
+    """KL(student || teacher): favours the teacher's main modes. Source: arXiv:2306.08543."""
     return forward_kl(teacher, student)
 
 
 def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """log(weight * exp(a) + (1 - weight) * exp(b)), without leaving log space."""
+    """log(weight * exp(a) + (1 - weight) * exp(b)), computed in log space."""
     return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
 
 

@@ -1,4 +1,4 @@
-"""What accelerate's engines do to models and settings behind one's back, undone where it hurts."""
+"""Work around side effects of accelerate's engines on models and settings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.integrations import deepspeed as zero
 
 
 def plain_accelerator(mixed_precision: str | None = None) -> Accelerator:
-    """The processes of this launch, for work without an optimizer.
+    """An accelerator for work without an optimizer, over the processes of this launch.
 
-    Accumulation is said to be one step, because the launcher's own word for it may be "auto",
-    which only a Trainer understands. Without being told, several processes on CPUs would not know
-    of each other.
+    Gradient accumulation is set to one step, since the launcher may have set it to "auto", which
+    only a Trainer understands. `cpu` has to be set, or several processes on CPUs do not
+    find each other.
     """
     once = GradientAccumulationPlugin(num_steps=1)
     cpu = (
@@ -29,7 +29,7 @@ def plain_accelerator(mixed_precision: str | None = None) -> Accelerator:
 
 @contextmanager
 def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
-    """The user's, or one for this work alone, that a Trainer after it knows nothing of."""
+    """The user's accelerator, or one for this work that leaves no state for a later Trainer."""
     if given is not None:
         yield given
         return
@@ -38,16 +38,16 @@ def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
         yield plain_accelerator()
     finally:
         if fresh:
-            # A Trainer that wants mixed precision would be refused by a state without.
+            # A Trainer with mixed precision would be refused by a state without it.
             AcceleratorState._reset_state()
 
 
 @contextmanager
 def made_whole() -> Iterator[None]:
-    """Models that are made or loaded inside are whole on this process.
+    """A context in which models are made or loaded whole on this process.
 
-    Once DeepSpeed's ZeRO-3 is set up, transformers would cut every new model over the processes,
-    so that one that is used by a single process, or by another engine, would be a shard of itself.
+    Once DeepSpeed's ZeRO-3 is set up, transformers partitions every new model over the processes. A
+    model for one process, or for another engine, would be incomplete.
     """
     reference: Any = zero._hf_deepspeed_config_weak_ref
     kept = reference() if zero.is_deepspeed_zero3_enabled() else None

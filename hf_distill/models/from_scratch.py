@@ -1,4 +1,4 @@
-"""A tokenizer and a model from scratch, for those who have no checkpoint to start from."""
+"""Make a tokenizer and a model with random weights."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE, lossless on any text, with exactly ``vocab_size`` tokens.
 
-    texts: the corpus, read once and never held whole
+    texts: the corpus, read once and never kept in memory
     vocab_size: number of tokens, the two special ones included: ``<|endoftext|>`` (id 0, begins
         and ends a text) and ``<|pad|>`` (id 1). Padding has its own token, so that the end of a
         text is never masked together with it and stays learnable.
-    model_max_length: positions of the model that it is for, stored with the tokenizer
+    model_max_length: positions of the model, stored with the tokenizer
     raises: InputError if the corpus is empty or has too few frequent pairs for so many tokens
     """
     if vocab_size < SMALLEST_VOCABULARY:
@@ -50,7 +50,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once is no pattern
+        min_frequency=2,  # a pair seen once is not worth a token
         special_tokens=[END_OF_TEXT, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -114,7 +114,7 @@ def model_from_config(
         torch.default_generator.manual_seed(seed)
         try:
             model = AutoModelForCausalLM.from_config(built)
-            if not is_deepspeed_zero3_enabled():  # there the weights are scattered by now
+            if not is_deepspeed_zero3_enabled():  # the weights are partitioned by now
                 _predict_something(model)
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise InputError(_refused(model_type, error)) from error
@@ -122,9 +122,9 @@ def model_from_config(
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest row, in positions, that a model's config says it takes; None if it has no limit.
+    """The longest row, in positions, that a model's config states; None if there is no limit.
 
-    (RoBERTa's family keeps two of these positions to itself.)
+    RoBERTa and its relatives reserve two of these positions (see `models.positions`).
     """
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -179,8 +179,8 @@ def _checked_config(model_type: str, settings: dict[str, Any]) -> PreTrainedConf
 def _is_unread(name: str, config: PreTrainedConfig) -> bool:
     """Whether a config only stored a setting that is no field of it, or dropped it.
 
-    Older names that it understands (``rope_theta``) are taken out and turned into a field;
-    generation settings are taken out too, but lead nowhere.
+    Older names that it understands (``rope_theta``) are turned into a field. Generation settings
+    are removed too, without any effect.
     """
     return name in vars(config) or hasattr(GenerationConfig(), name)
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by id or path, with one clear line where they cannot be had."""
+"""Load models and tokenizers by id or path, with a clear error if that fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_distill.errors import InputError
 def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
     """A causal language model from a Hub id or a local folder.
 
-    role: "teacher", "student", ...: the word that an error uses for it
+    role: "teacher", "student", ..., for the error message
     kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...)
     raises: InputError if it cannot be reached or has no language-model head
     """
@@ -57,7 +57,7 @@ def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedToke
 
 
 def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model that is already on this machine, or None. Never a download."""
+    """The tokenizer of a model that is on this machine, or None. Never downloads."""
     if not name:
         return None
     try:
@@ -68,12 +68,12 @@ def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
 
 
 def _has_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """False for the hollow tokenizer that AutoTokenizer makes of a folder with a model alone."""
+    """False for the tokenizer without tokens that AutoTokenizer makes of a model-only folder."""
     return len(tokenizer) > len(tokenizer.added_tokens_decoder)
 
 
 def not_found(role: str, name: str | Path, error: Exception) -> str:
-    """Why an id or a path came to nothing, in one line; a path is not spoken of as an id."""
+    """The error message for an id or a path that cannot be loaded."""
     looks_like_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
     if looks_like_path and not Path(name).exists():
         return f"{role} {str(name)!r} is a folder that does not exist: check the path"

@@ -1,4 +1,4 @@
-"""The keys that a recipe may have, by dotted path: for errors, documentation and `--set`."""
+"""The keys of a recipe by dotted path, for errors, documentation and `--set`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[st
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:
-    """InputError for the first key that no recipe has, at any depth, naming the nearest."""
+    """InputError for the first unknown key at any depth, naming the closest known one."""
     _walk(values, Recipe, "")
 
 
@@ -67,7 +67,7 @@ def _unknown(path: str) -> InputError:
 
 
 def _nearest(path: str) -> str | None:
-    """The likeliest: a neighbour spelt alike, the same word elsewhere, a path that looks alike."""
+    """The closest known key: a similar neighbour, the same word elsewhere, or a similar path."""
     known = [key for key, _ in keys()]
     parent, _, last = path.rpartition(".")
     neighbours = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == parent}

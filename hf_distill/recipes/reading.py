@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a `Recipe`, or to one line that says what is wrong."""
+"""Read a YAML file and `--set` overrides into a `Recipe`, or into a one-line error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# YAML 1.1, which PyYAML reads, wants a dot and a sign in 1.0e-4; people and YAML 1.2 do not.
+# PyYAML reads YAML 1.1, where 1e-4 is text. YAML 1.2 reads it as the number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -126,7 +126,7 @@ _OF_THE_SOURCE = ("subset", "split", "eval_split", "revision")
 
 
 def _replace_source(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """A `data.train` from the command line leaves behind what described the file's data set."""
+    """A `data.train` override drops the keys that describe the recipe's own Hub data set."""
     if isinstance(values.get("data"), dict) and any(
         override.partition("=")[0].strip() == "data.train" for override in overrides
     ):

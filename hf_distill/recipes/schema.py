@@ -39,7 +39,7 @@ def _one_of(section: AnySection, *names: str, at_least: int = 1) -> AnySection:
     return section
 
 
-# What a recipe says in another place, or what makes no sense in one.
+# Keys that a recipe sets in another place, or that make no sense in it.
 RESERVED = {
     "output_dir": "checkpoints go to the run folder, output_dir/name",
     "seed": "the recipe's own 'seed' sets it",
@@ -72,7 +72,7 @@ RESERVED = {
     "local_rank": "`accelerate launch` sets it",
 }
 
-# What Trainer takes any number for, and fails at later.
+# Trainer accepts any number for these, and fails later.
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

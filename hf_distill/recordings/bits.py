@@ -1,8 +1,8 @@
-"""Whole numbers in few bits, many at a time. Pure numpy, no loop over values.
+"""Pack integers into few bits with numpy, many at a time, without a loop over values.
 
-Bits are filled from the most significant one. Rice's code of a gap g with parameter r is g >> r in
-unary (so many zeros and a one) and the r low bits; the two parts go into streams of their own,
-which is what makes decoding a matter of a few array operations.
+Bits are filled from the most significant one. The Rice code of a gap g with parameter r is g >> r
+in unary (that many zeros and a one), then the r low bits. The two parts go into separate streams,
+so that a few array operations decode them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pack(values: Ints, widths: Ints) -> Bytes:
 
 
 def unpack(data: Bytes, widths: Ints) -> Ints:
-    """What `pack` was given, from its bytes and the same widths."""
+    """The values that `pack` was given, from its bytes and the same widths."""
     if len(widths) == 0:
         return np.empty(0, np.int64)
     starts = np.cumsum(widths) - widths
@@ -38,7 +38,7 @@ def unpack(data: Bytes, widths: Ints) -> Ints:
 
 
 def pack_unary(values: Ints) -> Bytes:
-    """So many zeros and a one for each value."""
+    """Encode each value as that many zeros and a one."""
     ends = np.cumsum(values + 1)
     bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     bits[ends - 1] = 1
@@ -46,13 +46,13 @@ def pack_unary(values: Ints) -> Bytes:
 
 
 def unpack_unary(data: Bytes, number: int) -> Ints:
-    """The first so many values of `pack_unary`; fewer where the data end before."""
+    """The first `number` values of `pack_unary`; fewer if the data end before."""
     ends = np.flatnonzero(np.unpackbits(data))[:number]
     return np.diff(ends, prepend=-1) - 1
 
 
 def best_parameters(gaps: Ints, group: Ints, groups: int) -> Ints:
-    """Rice's parameter that makes each group of gaps shortest, (groups,).
+    """The Rice parameter that gives each group of gaps the fewest bits, (groups,).
 
     gaps, group: (n,), the gap and the number of the group that it is in
     """

@@ -1,18 +1,18 @@
-"""What a teacher said of the targets of one row, in few bytes.
+"""Encode a teacher's outputs at the targets of one row in few bytes, and decode them.
 
-Three kinds, each with an `encode` and a `decode` of its own; all arrays of one row at once.
+There are three kinds, each with its own `encode` and `decode` for all arrays of a row.
 
-top_k   The k likeliest ids, in ascending order: gaps between them in Rice's code, one parameter per
-        quarter of the list (frequent tokens have low ids, so that gaps grow along it). The
-        `EXACT` largest log-probabilities in float16, the others in one of 31 levels, evenly
-        between the smallest of those and the smallest of all. The log of the remaining mass in
-        float32. The label's log-probability where it is not among the k. Decoding scales the named
-        probabilities so that with the tail they sum to one.
-sampled The ids of a number of draws from the distribution, with how often each came (RS-KD,
-        arXiv:2503.16870), and the distribution's entropy.
+top_k   The k likeliest ids in ascending order, as Rice-coded gaps with one parameter for each
+        quarter of the list: frequent tokens have low ids, so that gaps grow along it. The `EXACT`
+        largest log-probabilities in float16; the others as one of 31 levels, evenly spaced between
+        the smallest of those and the smallest of all. The log of the remaining mass in float32.
+        The label's log-probability if it is not among the k. Decoding scales the probabilities so
+        that they sum to one with the tail.
+sampled The ids of draws from the distribution and how often each was drawn (RS-KD,
+        arXiv:2503.16870), and the entropy of the distribution.
 full    Every log-probability.
 
-Sizes at V = 50257 and what quantisation does to the gradient: docs/recording.md.
+docs/recording.md has sizes at V = 50257, and the error of the gradient from quantisation.
 """
 
 from __future__ import annotations
@@ -38,16 +38,20 @@ Floats = NDArray[np.float32]
 VERSION = 1
 KINDS = ("top_k", "sampled", "full")
 EXACT = 8
-BITS = 5  # of a level; the highest one says that the value is among the exact ones
+BITS = 5  # of a level; the highest one marks a value that is stored exactly
 MARK = 2**BITS - 1
 QUARTERS = 4
-LEAST = -1e4  # log-probabilities below it are this: float16 holds it, and its probability is zero
+LEAST = (
+    -1e4
+)  # smaller log-probabilities are raised to this, which float16 holds; its probability is 0
 LEAST_TAIL = -80.0
-RANGE = 24.0  # nats that the levels span at most: an id without probability must not coarsen them
+RANGE = (
+    24.0  # most nats that the levels span, so that an id without probability does not coarsen them
+)
 
 
 class Damaged(ValueError):
-    """Bytes that no encoder has made."""
+    """The bytes are not what an encoder wrote."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Sampled:
 
 
 def encode_top_k(content: TopK) -> bytes:
-    """The bytes of `top_k`: values below the least that is kept are raised to it."""
+    """The bytes of `top_k`. Values below `LEAST` are raised to it."""
     n, k = content.ids.shape
     log_probs = np.maximum(content.log_probs, LEAST).astype(np.float32)
     outside = ~np.isnan(content.log_label)
@@ -103,7 +107,7 @@ def encode_top_k(content: TopK) -> bytes:
 
 
 def decode_top_k(data: bytes, n: int, k: int, vocabulary: int) -> TopK:
-    """What `encode_top_k` wrote of n targets; `Damaged` where it cannot be."""
+    """The n targets that `encode_top_k` wrote. raises: Damaged"""
     stream = _Stream(data)
     log_tail = stream.take("<f4", n)
     outside = np.unpackbits(stream.take("u1", -(-n // 8)), count=n).astype(bool)
@@ -142,7 +146,7 @@ def encode_sampled(content: Sampled) -> bytes:
 
 
 def decode_sampled(data: bytes, n: int, vocabulary: int) -> Sampled:
-    """What `encode_sampled` wrote of n targets; `Damaged` where it cannot be."""
+    """The n targets that `encode_sampled` wrote. raises: Damaged"""
     stream = _Stream(data)
     lengths = stream.take("<u2", n).astype(np.int64)
     entropy = stream.take("<f4", n)
@@ -169,7 +173,7 @@ def encode_full(log_probs: Floats) -> bytes:
 
 
 def decode_full(data: bytes, n: int, vocabulary: int) -> Floats:
-    """float32 or float16, as it was written: the size tells."""
+    """(targets, ids) float32. The size tells whether float32 or float16 was written."""
     dtype = "<f4" if len(data) == 4 * n * vocabulary else "<f2"
     stream = _Stream(data)
     log_probs = stream.take(dtype, n * vocabulary).reshape(n, vocabulary)
@@ -181,7 +185,7 @@ def decode_full(data: bytes, n: int, vocabulary: int) -> Floats:
 
 
 class _Stream:
-    """Bytes that are read from front to back."""
+    """Reads arrays from bytes, front to back."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -211,7 +215,7 @@ def _quarters(n: int, k: int) -> Ints:
 
 
 def _rice(gaps: Ints, group: Ints, groups: int) -> list[Bytes]:
-    """Parameters, low bits, and last what is in unary, whose length nobody has to write down."""
+    """Parameters, low bits, and last the unary part, whose length then need not be stored."""
     parameters = best_parameters(gaps, group, groups)
     widths = parameters[group]
     low = pack(gaps & ((1 << widths) - 1), widths)
@@ -229,7 +233,7 @@ def _unrice(stream: _Stream, group: Ints, groups: int) -> Ints:
 
 
 def _normalised(log_probs: Floats, log_tail: Floats, log_label: Floats) -> Floats:
-    """Named probabilities, label included, that sum to what the tail leaves of one."""
+    """Scale the stored probabilities, the label's included, to one minus the tail."""
     label = np.where(np.isnan(log_label), 0.0, np.exp(np.nan_to_num(log_label)))
     left = np.maximum(-np.expm1(np.minimum(log_tail, -1e-7)) - label, 1e-30)
     named = np.maximum(np.exp(log_probs).sum(1), 1e-30)

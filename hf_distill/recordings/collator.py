@@ -26,7 +26,7 @@ ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 
 
 def header_of(value: bytes, where: str) -> Header:
-    """What a row's recording says of itself; InputError where it is damaged."""
+    """The header of a row's recording; InputError where it is damaged."""
     try:
         return read(value)[0]
     except codec.Damaged as damage:
@@ -40,9 +40,9 @@ class RecordingCollator:
     """Wraps a collator: recordings are taken out, verified, and scattered to the targets.
 
     collator: rows to a padded batch with labels
-    expected: what every row's recording must say of kind, k, temperature, vocabulary, teacher and
-        tokenizer; its `row` and `targets` are not looked at
-    mixed: rows may have different teachers; task: what says which positions are targets
+    expected: the kind, k, temperature, vocabulary, teacher and tokenizer that every row must have;
+        `row` and `targets` are not compared
+    mixed: rows may have different teachers; task: decides which positions are targets
     returns: the collator's batch and the tensors of `NAMES`; the batch alone where no row has a
         recording
     raises: InputError naming the row in the batch and the reason
@@ -172,7 +172,7 @@ def _scattered(kind: str, decoded: list[Any], labels: Tensor) -> dict[str, Tenso
 
 
 def _with_label(content: codec.TopK, labels: Any) -> tuple[Any, Any]:
-    """Ids and log-probabilities with the label as one more where it is not among them."""
+    """Ids and log-probabilities, with the label as one more id where it is not among them."""
     outside = ~np.isnan(content.log_label)
     label = np.where(outside, labels, -1)[:, None]
     log_label = np.nan_to_num(content.log_label)[:, None]

@@ -1,4 +1,4 @@
-"""From a teacher's logits to what is recorded of them. On the teacher's device, in float32."""
+"""Extract what is recorded from a teacher's logits, on the teacher's device, in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_distill.recordings.codec import Sampled, TopK
 
 
 def top_k_(logits: Tensor, labels: Tensor, k: int) -> TopK:
-    """The k likeliest ids, the label, and the mass of all others. Uses up the logits.
+    """The k likeliest ids, the label, and the mass of all others. Overwrites the logits.
 
     logits: (n, ids), at the temperature to be recorded; labels: (n,)
     """
@@ -18,7 +18,7 @@ def top_k_(logits: Tensor, labels: Tensor, k: int) -> TopK:
     column = labels[:, None].clamp(max=logits.shape[1] - 1)
     label = logits.gather(1, column)
     inside = (ids == labels[:, None]).any(1, keepdim=True)
-    # The tail is summed over what is in it: one minus the named probabilities would cancel.
+    # The tail is summed over its own ids, since one minus the others would cancel.
     logits.scatter_(1, ids, -torch.inf).scatter_(1, column, -torch.inf)
     top = values[:, :1]
     tail = logits.sub_(top).exp_().sum(1, keepdim=True)
@@ -40,7 +40,7 @@ def sampled(logits: Tensor, draws: int, generator: torch.Generator) -> Sampled:
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-    # float64: in float32 a sum over 50k ids leaves some of them no interval of their own.
+    # float64: in float32 a sum over 50k ids leaves some of them an empty interval.
     sums = p.double().cumsum(-1)
     uniform = torch.rand(len(p), draws, generator=generator, dtype=torch.float64).to(p.device)
     drawn = torch.searchsorted(sums, uniform * sums[:, -1:]).clamp_(max=p.shape[1] - 1)

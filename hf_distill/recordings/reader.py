@@ -37,8 +37,8 @@ def without_recording(batch: Mapping[str, Any]) -> dict[str, Any]:
 def first_header(dataset: Any, what: str) -> Header | None:
     """The header of the recording in a data set's first row; None where there is none.
 
-    dataset: anything with rows that are mappings; a stream is asked for its first row
-    what: "the training set", for errors
+    dataset: anything with rows that are mappings; of a stream the first row is read
+    what: the name of the data set, for errors
     """
     names = getattr(dataset, "column_names", None)
     if dataset is None or (names is not None and COLUMN not in names):
@@ -56,7 +56,7 @@ def check_recording(
     header: Header, what: str, *, temperature: float, divergence: Divergence, student_rows: int
 ) -> None:
     """InputError where a recording cannot serve this objective."""
-    # A recording holds its temperature in float32, in which 0.7 is another number.
+    # A recording stores its temperature in float32, in which 0.7 is another number.
     if header.kind != "full" and np.float32(header.temperature) != np.float32(temperature):
         raise InputError(
             f"{what} was recorded at temperature {header.temperature:g}, but temperature is "

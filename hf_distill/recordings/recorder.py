@@ -1,8 +1,8 @@
-"""`record`: run the teacher once over a data set, and keep what it says in the rows.
+"""`record`: run the teacher once over a data set and store its outputs in the rows.
 
-The rows are cut into shards, each written under another name and moved into place when it is
-whole, so that a kill loses the shard in work and no more; a second call goes on from there, and
-ends with the same bytes. Under `accelerate launch` the shards are dealt out to the processes.
+The rows are written in shards. A shard is written under another name and renamed when it is
+complete, so that a kill loses at most one shard per process. A second call goes on from there and
+ends with the same bytes. Under `accelerate launch` the processes divide the shards among them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hf_distill.recordings.shards import (
     shards_of,
     write_shard,
 )
-from hf_distill.recordings.writer import RecordingSettings, Scribe
+from hf_distill.recordings.writer import RecordingSettings, RecordingWriter
 from hf_distill.teachers import Teacher
 
 T = TypeVar("T")
@@ -64,17 +64,17 @@ def record(
     teacher_placement: str = "auto",
     **teacher_model_kwargs: Any,
 ) -> Dataset:
-    """The same rows with one more column, what the teacher says of their targets.
+    """Return the same rows with one more column, the teacher's outputs at their targets.
 
     dataset: a `datasets.Dataset` or `IterableDataset` of tokenized, packed and masked rows, as
         they will be trained on; of a stream one shard at a time is in memory
     teacher: a model, an id or path, or an object with the `Teacher` protocol
-    output_dir: where the shards are kept; by default a folder of the datasets cache that the
-        settings, the teacher and the rows decide. Call it again to go on after an interruption.
+    output_dir: where the shards are stored; by default a folder of the datasets cache, named after
+        settings, teacher and rows. After an interruption, call it again with the same arguments
     kind, k, draws, temperature, seed: see `RecordingSettings`
-    tokenizer: that of the rows; compared in training with the student's, and needed for padding
-        where there is no data_collator
-    data_collator: the one that will be trained with, if it decides about labels
+    tokenizer: that of the rows; compared with the student's in training, and used for padding if
+        there is no data_collator
+    data_collator: the one that training will use, if it makes the labels
     batch_size: rows at a time on each process, of similar length
     teacher_placement: see `DistillationArguments`; teacher_model_kwargs: for `from_pretrained`
     returns: a memory-mapped `Dataset`, the same on every process
@@ -82,7 +82,7 @@ def record(
     """
     settings = RecordingSettings(kind, k, draws, temperature, seed)
     with one_accelerator(accelerator) as accelerator:
-        scribe = Scribe(
+        writer = RecordingWriter(
             settings,
             teacher,
             tokenizer,
@@ -91,31 +91,31 @@ def record(
             teacher_placement,
             teacher_model_kwargs,
         )
-        folder = Path(output_dir) if output_dir else _in_cache(dataset, scribe, shard_rows)
-        identity = scribe.identity | {"shard_rows": shard_rows}
+        folder = Path(output_dir) if output_dir else _in_cache(dataset, writer, shard_rows)
+        identity = writer.identity | {"shard_rows": shard_rows}
         _on_main_first(accelerator, lambda: claim(folder, identity))
-        shards = _fill(folder, scribe, dataset, shard_rows, batch_size, accelerator)
+        shards = _fill(folder, writer, dataset, shard_rows, batch_size, accelerator)
         accelerator.wait_for_everyone()
-        _on_main_first(accelerator, lambda: finish(folder, scribe, shards))
+        _on_main_first(accelerator, lambda: finish(folder, writer, shards))
     return load_recording(folder)
 
 
 def _fill(
     folder: Path,
-    scribe: Scribe,
+    writer: RecordingWriter,
     dataset: Any,
     shard_rows: int,
     batch_size: int,
     accelerator: Accelerator,
 ) -> int:
-    """Write the shards that are missing, this process its own ones; how many there are in all.
+    """Write the missing shards of this process; returns the number of shards in all.
 
-    A teacher whose weights are in shards is asked by all processes together: they take their
-    shards in rounds, and who has none left asks along and keeps nothing.
+    A teacher whose weights are in shards has to be run by all processes together. They write
+    their shards in rounds; a process without a shard left runs the teacher and keeps nothing.
     """
     whole = {path.name for path in folder.glob("shard-*.arrow")}
     whole = _broadcast(accelerator, whole)
-    together = getattr(scribe.teacher, "together", False)
+    together = getattr(writer.teacher, "together", False)
     batches = math.ceil(shard_rows / batch_size) if together else 0
     bar = _Bar(len(dataset) if hasattr(dataset, "__len__") else None, accelerator)
     number = missing = 0
@@ -128,9 +128,9 @@ def _fill(
             rows, index = mine
             path = folder / shard_name(index)
             with full_disk(folder):
-                write_shard(scribe, rows, path, index, batch_size, bar.tell, batches)
+                write_shard(writer, rows, path, index, batch_size, bar.report, batches)
         elif any_rows is not None:
-            scribe.values(any_rows.to_list()[:1], batch_size, seed=0, batches=batches)
+            writer.values(any_rows.to_list()[:1], batch_size, seed=0, batches=batches)
         mine = None
 
     for number, rows in enumerate(shards_of(dataset, shard_rows), 1):
@@ -154,18 +154,18 @@ def _fill(
 
 
 def _broadcast(accelerator: Accelerator, value: T) -> T:
-    """The main process's value, on all of them."""
-    told = [value]
+    """The value of the main process, on all processes."""
+    shared = [value]
     if accelerator.num_processes > 1:
-        broadcast_object_list(told)
-    return told[0]
+        broadcast_object_list(shared)
+    return shared[0]
 
 
 def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
     """A recording from the folder that `record` has filled, or from the Hub.
 
     split, kwargs: for `datasets.load_dataset`, where it comes from the Hub
-    raises: InputError for a recording that cannot be found, or a folder whose is not whole
+    raises: InputError for a recording that cannot be found or is not complete
     """
     folder = Path(id_or_path)
     if not folder.exists():
@@ -180,8 +180,8 @@ def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) 
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise InputError(
-            f"{str(folder)!r} holds no whole recording, since it has no readable {MANIFEST}: "
-            "let `record` finish, which goes on where it was interrupted"
+            f"{str(folder)!r} holds no complete recording, since it has no readable {MANIFEST}: "
+            "run `record` again, which goes on where it was interrupted"
         ) from None
     paths = [folder / shard_name(index) for index in range(manifest["shards"])]
     missing = [path.name for path in paths if not path.exists()]
@@ -192,7 +192,7 @@ def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recording will take, from a timed sample.
+    """The size and time of a recording, from a timed sample.
 
     targets: of the whole data set; bytes: all of the recording column; seconds: on this machine
         with as many processes as asked
@@ -221,7 +221,7 @@ def estimate(
 ) -> Estimate:
     """Time and size of `record`, from a few rows spread over the data set."""
     with one_accelerator(accelerator) as accelerator:
-        scribe = Scribe(
+        writer = RecordingWriter(
             settings or RecordingSettings(),
             teacher,
             tokenizer,
@@ -235,9 +235,9 @@ def estimate(
         number = min(sample_rows, len(dataset))
         sample = [dataset[i * len(dataset) // number] for i in range(number)]
         warm_up = sample[:batch_size]
-        scribe.values(warm_up, batch_size, seed=0)
+        writer.values(warm_up, batch_size, seed=0)
         start = time.perf_counter()
-        values = scribe.values(sample, batch_size, seed=0)
+        values = writer.values(sample, batch_size, seed=0)
         seconds = time.perf_counter() - start
         targets = sum(header_of(value, "a sampled row").targets for value in values)
         size, scale = sum(map(len, values)), len(dataset) / number
@@ -251,9 +251,9 @@ def estimate(
         )
 
 
-def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
-    """A folder of the datasets cache that changes when the recording would."""
-    decided = [scribe.identity, shard_rows, getattr(dataset, "_fingerprint", None)]
+def _in_cache(dataset: Any, writer: RecordingWriter, shard_rows: int) -> Path:
+    """A folder of the datasets cache, named after all that decides the recording."""
+    decided = [writer.identity, shard_rows, getattr(dataset, "_fingerprint", None)]
     if decided[-1] is None:
         raise InputError("a stream has no fingerprint: give an output_dir for its recording")
     name = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
@@ -261,7 +261,7 @@ def _in_cache(dataset: Any, scribe: Scribe, shard_rows: int) -> Path:
 
 
 def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Done by the main process while the others wait; its error ends all of them."""
+    """Run an action on the main process while the others wait; its error ends all of them."""
     outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -274,7 +274,7 @@ def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None
 
 
 class _Bar:
-    """Rows done, targets a second, bytes a target, time left."""
+    """A progress bar with targets a second and bytes a target."""
 
     def __init__(self, rows: int | None, accelerator: Accelerator) -> None:
         self.processes = accelerator.num_processes
@@ -289,7 +289,7 @@ class _Bar:
             self.bar.initial += rows  # not counted in the speed
             self.bar.update(rows)
 
-    def tell(self, rows: int, targets: int, size: int) -> None:
+    def report(self, rows: int, targets: int, size: int) -> None:
         self.targets += targets
         self.size += size
         speed = self.targets * self.processes / (time.perf_counter() - self.start)

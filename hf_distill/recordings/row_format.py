@@ -1,19 +1,19 @@
-"""The value that a row carries: whose word it is on what, and that it is whole.
+"""The layout of a row's recording: a checksum, what it belongs to, and the encoded outputs.
 
     4 bytes  checksum (CRC-32) of all that follows
     1        version of this layout and of the codec
     1        kind
     4        k, or the number of draws
     4        temperature, float32
-    4        vocabulary: the first so many ids are what the distribution is over
+    4        vocabulary: the distribution is over the first so many ids
     4        number of targets
-    8        what it belongs to: input ids, targets and documents of the row
-    8        the teacher
-    8        the tokenizer, 0 where it was not known
-    ...      what `hf_distill.recordings.codec` has made
+    8        hash of the row that it belongs to: input ids, targets, documents
+    8        hash of the teacher
+    8        hash of the tokenizer, 0 if it was not known
+    ...      the outputs, as encoded by `recordings.codec`
 
-Little-endian. In the row, because what is written beside a data set (`info.description`) survives
-neither Parquet nor streaming nor concatenation.
+Little-endian. The header is in every row, since what is stored beside a data set
+(`info.description`) survives neither Parquet nor streaming nor concatenation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHECKSUM = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Header:
-    """See the module; `row` is 0 in a header that stands for a whole recording."""
+    """The fields of the module's table; `row` is 0 in the header of a whole recording."""
 
     kind: str
     k: int
@@ -67,7 +67,7 @@ def write(header: Header, content: bytes) -> bytes:
 
 
 def read(value: bytes) -> tuple[Header, bytes]:
-    """raises: Damaged where a bit is not as it was written, or the version is another"""
+    """Verify the checksum and return header and content. raises: Damaged"""
     at = CHECKSUM.size
     if len(value) < at + LAYOUT.size:
         raise Damaged(f"it has {len(value)} bytes, fewer than its header")
@@ -80,11 +80,11 @@ def read(value: bytes) -> tuple[Header, bytes]:
 
 
 def row_hash(input_ids: Any, targets: Any, position_ids: Any = None) -> int:
-    """What a recording belongs to.
+    """The hash of the row that a recording belongs to.
 
     input_ids, position_ids: of the row, without padding; position_ids only for packed rows, where
-        they say where documents begin
-    targets: the positions that predict something, ascending, counted from the row's first token
+        they mark where documents begin
+    targets: the positions that predict a label, ascending, counted from the row's first token
     """
     digest = xxhash.xxh3_64()
     for part in (input_ids, targets, () if position_ids is None else position_ids):
@@ -95,7 +95,7 @@ def row_hash(input_ids: Any, targets: Any, position_ids: Any = None) -> int:
 
 
 def tokenizer_hash(tokenizer: Any) -> int:
-    """Of every token with its id, and of the chat template; 0 for no tokenizer."""
+    """The hash of every token with its id, and of the chat template; 0 for no tokenizer."""
     if tokenizer is None:
         return 0
     digest = xxhash.xxh3_64(str(getattr(tokenizer, "chat_template", None) or "").encode())
@@ -105,10 +105,10 @@ def tokenizer_hash(tokenizer: Any) -> int:
 
 
 def model_hash(model: Any) -> int:
-    """Of every weight, by name. Of a sharded model a collective of all processes."""
+    """The hash of every weight, by name. For a sharded model a collective of all processes."""
     digest = xxhash.xxh3_64()
     weights = model.state_dict()
-    if any(tensor.is_meta for tensor in weights.values()):  # offloaded: the hooks have them
+    if any(tensor.is_meta for tensor in weights.values()):  # offloaded: hooks hold the weights
         weights = get_state_dict_offloaded_model(model)
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())

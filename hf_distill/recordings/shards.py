@@ -1,4 +1,4 @@
-"""The files of a recording: Arrow shards that appear when they are whole, and the manifest."""
+"""The files of a recording: Arrow shards, each complete when it appears, and the manifest."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from jinja2 import StrictUndefined, Template
 from hf_distill.errors import InputError
 from hf_distill.recordings.collator import header_of
 from hf_distill.recordings.row_format import COLUMN
-from hf_distill.recordings.writer import Scribe
+from hf_distill.recordings.writer import RecordingWriter
 
 MANIFEST = "recording.json"
 SETTINGS = "settings.json"
 
 
 def shard_name(index: int) -> str:
-    """The file of a shard, by its place among them."""
+    """The file name of a shard, by its index."""
     return f"shard-{index:06}.arrow"
 
 
 def shards_of(dataset: Any, size: int) -> Iterator[Dataset]:
-    """Consecutive parts of the rows; of a stream each is in memory while it is worked on."""
+    """Consecutive parts of the rows. Of a stream, one part at a time is in memory."""
     if COLUMN in (getattr(dataset, "column_names", None) or ()):
         dataset = dataset.remove_columns(COLUMN)
     if isinstance(dataset, Dataset):
@@ -50,21 +50,21 @@ def _table(rows: Dataset) -> Any:
 
 
 def write_shard(
-    scribe: Scribe,
+    recorder: RecordingWriter,
     rows: Dataset,
     path: Path,
     index: int,
     batch_size: int,
-    tell: Callable[[int, int, int], None],
+    report: Callable[[int, int, int], None],
     batches: int = 0,
 ) -> None:
-    """One shard, under its name only when it is whole; its counts beside it, before.
+    """Write one shard; it gets its name when it is complete, after the file with its counts.
 
-    tell, batches: see `Scribe.values`
+    report, batches: see `RecordingWriter.values`
     """
     plain: list[Mapping[str, Any]] = rows.with_format(None).to_list()
-    seed = scribe.settings.seed * 1_000_003 + index
-    values = scribe.values(plain, batch_size, seed=seed, tell=tell, batches=batches)
+    seed = recorder.settings.seed * 1_000_003 + index
+    values = recorder.values(plain, batch_size, seed=seed, report=report, batches=batches)
     features = Features({**rows.features, COLUMN: Value("large_binary")})
     table = _table(rows).append_column(COLUMN, pa.array(values, pa.large_binary()))
     partial = path.with_name(path.name + ".partial")
@@ -75,12 +75,12 @@ def write_shard(
         os.fsync(file.fileno())
     targets = sum(header_of(value, "a row").targets for value in values)
     counts = {"rows": len(values), "targets": targets, "bytes": sum(map(len, values))}
-    _write_whole(path.with_suffix(".json"), json.dumps(counts | {"rounding": scribe.rounding}))
+    _write_whole(path.with_suffix(".json"), json.dumps(counts | {"rounding": recorder.rounding}))
     partial.replace(path)
 
 
 def check_same_rows(path: Path, rows: Dataset) -> None:
-    """InputError where a finished shard holds other rows than the data set has now."""
+    """InputError if a finished shard holds other rows than the data set has now."""
     there, here = _table(Dataset.from_file(str(path)).remove_columns(COLUMN)), _table(rows)
     if not there.equals(
         here.cast(there.schema) if here.schema.names == there.schema.names else here
@@ -92,7 +92,7 @@ def check_same_rows(path: Path, rows: Dataset) -> None:
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Take a folder for a recording; InputError where it holds another one or something else."""
+    """Take a folder for a recording; InputError if it holds another one or other files."""
     path = folder / SETTINGS
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -110,8 +110,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     _write_whole(path, json.dumps(identity, indent=2))
 
 
-def finish(folder: Path, scribe: Scribe, shards: int) -> None:
-    """The manifest and the card, which say that all shards are there."""
+def finish(folder: Path, recorder: RecordingWriter, shards: int) -> None:
+    """Write the manifest and the card, which mark the recording as complete."""
     parts = []
     for index in range(shards):
         path = (folder / shard_name(index)).with_suffix(".json")
@@ -119,7 +119,7 @@ def finish(folder: Path, scribe: Scribe, shards: int) -> None:
     counts = {name: sum(part[name] for part in parts) for name in ("rows", "targets", "bytes")}
     told = [part["rounding"] for part in parts if part["rounding"] is not None]
     manifest = {
-        **scribe.identity,
+        **recorder.identity,
         "shards": shards,
         **counts,
         "bytes_per_target": round(counts["bytes"] / max(counts["targets"], 1), 2),
@@ -131,7 +131,7 @@ def finish(folder: Path, scribe: Scribe, shards: int) -> None:
 
 
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
-    """`README.md`: what a reader on the Hub needs to know of the recording."""
+    """Write `README.md`, the recording's card on the Hub."""
     template = (files("hf_distill.recordings") / "card.md.jinja").read_text("utf-8")
     told = Template(template, undefined=StrictUndefined, keep_trailing_newline=True)
     _write_whole(folder / "README.md", told.render(**manifest))
@@ -145,7 +145,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """A full disk as one line; what is finished stays."""
+    """Report a full disk in one line; finished shards stay."""
     try:
         yield
     except OSError as error:

@@ -27,16 +27,16 @@ from hf_distill.recordings.row_format import Header, model_hash, row_hash, token
 from hf_distill.tasks import CausalLM, find_task
 from hf_distill.teachers import Teacher, as_teacher
 
-CHUNK_BYTES = 2**27  # what the logits of one chunk of targets may take
+CHUNK_BYTES = 2**27  # memory for the logits of one chunk of targets
 
 
 @dataclass(frozen=True)
 class RecordingSettings:
-    """What is kept of the teacher's distributions.
+    """What is stored of the teacher's distributions.
 
     kind: "top_k", the k likeliest ids with the exact mass of all others; "sampled", `draws` draws
         from the distribution, for forward_kl; "full", every log-probability
-    temperature: the one that will be trained with ("full" serves any)
+    temperature: that of the training to come ("full" serves any)
     seed: of the draws
     """
 
@@ -56,8 +56,8 @@ class RecordingSettings:
             raise InputError(f"temperature is {self.temperature}, but must be above 0")
 
 
-class Scribe:
-    """Writes down what one teacher says of rows."""
+class RecordingWriter:
+    """Runs one teacher over rows and encodes its outputs."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Scribe:
         self.settings, self.teacher, self.device = settings, found, accelerator.device
         model = getattr(found, "model", None)
         self.task = CausalLM() if model is None else find_task(model, "teacher")
-        self.rounding: float | None = None  # of the first batch that `values` last saw
+        self.rounding: float | None = None  # of the first batch of the last call of `values`
         tokenizer = tokenizer or found.tokenizer
         self.collate = data_collator or _collator(tokenizer)
         vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
@@ -95,16 +95,16 @@ class Scribe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a recording beside its rows; JSON."""
-        told = asdict(self.header)
-        del told["targets"], told["row"]
-        told["teacher"] = f"{told['teacher']:016x}"
-        told["tokenizer"] = f"{told['tokenizer']:016x}"
+        """All that decides a recording except its rows, as JSON."""
+        identity = asdict(self.header)
+        del identity["targets"], identity["row"]
+        identity["teacher"] = f"{identity['teacher']:016x}"
+        identity["tokenizer"] = f"{identity['tokenizer']:016x}"
         name = self.teacher.name
         if Path(name).exists():
             name = Path(name).name  # a path of this machine means nothing elsewhere
-        told |= {"codec": codec.VERSION, "teacher_name": name}
-        return told | ({"seed": self.settings.seed} if self.header.kind == "sampled" else {})
+        identity |= {"codec": codec.VERSION, "teacher_name": name}
+        return identity | ({"seed": self.settings.seed} if self.header.kind == "sampled" else {})
 
     @torch.no_grad()
     def values(
@@ -113,13 +113,13 @@ class Scribe:
         batch_size: int,
         *,
         seed: int,
-        tell: Callable[[int, int, int], None] = lambda rows, targets, size: None,
+        report: Callable[[int, int, int], None] = lambda rows, targets, size: None,
         batches: int = 0,
     ) -> list[bytes]:
-        """The recording of each row, in their order.
+        """The recording of each row, in the order of the rows.
 
-        seed: of the draws; tell: called after each batch with its rows, targets and bytes
-        batches: how often to ask the teacher at least, because other processes ask it as often
+        seed: of the draws; report: called after each batch with its rows, targets and bytes
+        batches: run the teacher at least this often, since other processes do
         """
         generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
@@ -131,7 +131,7 @@ class Scribe:
             for i, value in zip(chosen, found, strict=True):
                 values[i] = value
             targets = sum(header_of(value, "a row").targets for value in found)
-            tell(len(found), targets, sum(map(len, found)))
+            report(len(found), targets, sum(map(len, found)))
         for _ in range(math.ceil(len(order) / batch_size), batches):
             self._batch([rows[order[0]]], generator)
         return values
@@ -153,10 +153,10 @@ class Scribe:
             for at in range(0, len(wanted), chunk):
                 part = slice(at, at + chunk)
                 logits = at_hand[part].logits[:, : self.header.vocabulary].float()
-                parts.append(self._said(logits, wanted[part], generator))
-        said = _joined(parts)
-        if self.rounding is None and isinstance(said, TopK):
-            self.rounding = rounding(said, self.header.vocabulary)
+                parts.append(self._stored(logits, wanted[part], generator))
+        stored = _joined(parts)
+        if self.rounding is None and isinstance(stored, TopK):
+            self.rounding = rounding(stored, self.header.vocabulary)
         values, at = [], 0
         starts, mask = starts_of(batch, len(rows)), targets.mask
         for number, row in enumerate(rows):
@@ -168,24 +168,24 @@ class Scribe:
                 targets=len(places),
                 row=row_hash(row["input_ids"], places, row.get("position_ids")),
             )
-            values.append(write(header, _encoded(said, mine)))
+            values.append(write(header, _encoded(stored, mine)))
         return values
 
-    def _said(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
-        """What is kept of some targets' logits, which may be used up."""
+    def _stored(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        """What is stored of some targets; overwrites their logits."""
         softened = logits if self.header.temperature == 1.0 else logits / self.header.temperature
-        said: Any
+        stored: Any
         if self.header.kind == "full":
-            said = finite = logits.log_softmax(-1).cpu().numpy()
+            stored = finite = logits.log_softmax(-1).cpu().numpy()
         elif self.header.kind == "sampled":
-            said = sampled(softened, self.header.k, generator)
-            finite = said.entropy
+            stored = sampled(softened, self.header.k, generator)
+            finite = stored.entropy
         else:
-            said = top_k_(softened, labels, self.header.k)
-            finite = said.log_probs
+            stored = top_k_(softened, labels, self.header.k)
+            finite = stored.log_probs
         if np.isnan(finite).any():
             raise InputError(_NOT_FINITE)
-        return said
+        return stored
 
 
 _NOT_FINITE = (
@@ -194,7 +194,7 @@ _NOT_FINITE = (
 
 
 def _joined(parts: list[Any]) -> Any:
-    """One TopK, Sampled or array of several chunks'."""
+    """Join the results of several chunks."""
     if not parts:
         return None
     if isinstance(parts[0], np.ndarray):
@@ -203,20 +203,20 @@ def _joined(parts: list[Any]) -> Any:
     return type(parts[0])(*(np.concatenate(column) for column in columns))
 
 
-def rounding(said: TopK, vocabulary: int) -> float:
-    """How much probability the codec moves, a target: half the sum of |exact - decoded|."""
-    n, k = said.ids.shape
-    back = codec.decode_top_k(codec.encode_top_k(said), n, k, vocabulary)
-    moved = np.abs(np.exp(back.log_probs) - np.exp(said.log_probs)).sum(1) / 2
+def rounding(stored: TopK, vocabulary: int) -> float:
+    """The probability that the codec moves, per target: half the sum of |exact - decoded|."""
+    n, k = stored.ids.shape
+    back = codec.decode_top_k(codec.encode_top_k(stored), n, k, vocabulary)
+    moved = np.abs(np.exp(back.log_probs) - np.exp(stored.log_probs)).sum(1) / 2
     return round(float(moved.mean()), 6)
 
 
-def _encoded(said: Any, mine: slice) -> bytes:
-    if said is None:
+def _encoded(stored: Any, mine: slice) -> bytes:
+    if stored is None:
         return b""
-    if isinstance(said, np.ndarray):
-        return codec.encode_full(said[mine])
-    part = type(said)(*(column[mine] for column in vars(said).values()))
+    if isinstance(stored, np.ndarray):
+        return codec.encode_full(stored[mine])
+    part = type(stored)(*(column[mine] for column in vars(stored).values()))
     if len(next(iter(vars(part).values()))) == 0:
         return b""
     return codec.encode_top_k(part) if isinstance(part, TopK) else codec.encode_sampled(part)
@@ -224,7 +224,7 @@ def _encoded(said: Any, mine: slice) -> bytes:
 
 def _collator(tokenizer: PreTrainedTokenizerBase | None) -> Collator:
     if tokenizer is None:
-        return Collator(0, 0)  # what pads is masked, so that it may be any id
+        return Collator(0, 0)  # padding is masked, so that it may be any id
     return collator(tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""What the figures of several models say side by side."""
+"""Compare the figures of several models: retention and gap closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RETAINED = ("perplexity", "bits_per_byte", "top1_agreement")
 
 
 def compare(results: Results) -> dict[str, dict[str, float]]:
-    """How much of the teacher's quality the student keeps, and of the baseline's gap it closes.
+    """The share of the teacher's quality that the student keeps, and of the gap that it closes.
 
     results: figures by model, with `teacher` and `student`, and perhaps `baseline`
     returns: by metric,

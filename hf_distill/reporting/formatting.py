@@ -1,6 +1,6 @@
-"""The figures that are reported of a model: names, units, directions, and how they are written.
+"""The figures that are reported of a model: names, units, directions and formats.
 
-One place, so that the report and the model card say the same thing in the same way.
+The report and the model card both take them from here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Figure:
         return compact(value) if self.key == "parameters" else number(value)
 
     def prefers(self, first: float, second: float) -> bool:
-        """Is the first strictly better than the second?"""
+        """Whether the first is strictly better than the second."""
         return first < second if self.better == "lower" else first > second
 
 

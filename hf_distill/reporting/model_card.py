@@ -1,4 +1,4 @@
-"""The model card of a student: what it is, what it learnt from, and only what was measured."""
+"""The model card of a student: origin, training, and measured results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Metrics = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a student. Whatever is None or empty does not appear in the card.
+    """The facts of a card. What is None or empty does not appear in it.
 
     model_name: the title; teacher, initial_from: Hub ids, local paths or a few words
     dataset: one or several Hub ids or local paths
@@ -33,7 +33,7 @@ class CardFacts:
     training: steps, learning rate, seed and the like, by name
     repo_id: where it will be published, for the snippet that loads it
     adapter: True where only a PEFT adapter is saved
-    Of a local path only the last name is ever written.
+    Of a local path only the last name is written.
     """
 
     model_name: str

@@ -1,7 +1,7 @@
-"""The report's plots, as SVG that takes its colours and fonts from the page around it.
+"""The plots of reports, as SVG with the colours and fonts of the page around it.
 
-Colours stand in the SVG as CSS variables (``var(--student)``), so that one picture fits a light
-and a dark page and a model has the same colour everywhere. Shapes tell the models apart as well.
+Colours are CSS variables (``var(--student)``), so that one picture fits a light and a dark page and
+a model has the same colour everywhere. Markers tell the models apart as well.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from hf_distill.reporting.formatting import BY_KEY, compact, measured
 
-# Stand-ins that matplotlib accepts; `_svg` replaces them by the page's variables.
+# Placeholders that matplotlib accepts; `_svg` replaces them by the page's variables.
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {"teacher": "#0a0a01", "initial": "#0a0a02", "baseline": "#0a0a03", "student": "#0a0a04"}
 MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "student": "o"}
-# One for each line of `overlaid`; beyond so many they repeat.
+# Colours of `overlaid`; with more lines they repeat.
 LINES = 12
 _LINE_COLOURS = [f"#0b0b{number:02x}" for number in range(LINES)]
 _VARIABLES = (
@@ -32,7 +32,8 @@ _VARIABLES = (
 )
 
 LOG_FROM_RATIO = 8
-WARM_UP = 0.1  # of the steps: the first fall of a loss would flatten all that follows
+# Share of the steps left out of the y axis: the first fall of a loss would flatten the rest.
+WARM_UP = 0.1
 
 History = Sequence[Mapping[str, Any]]
 

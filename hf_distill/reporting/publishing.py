@@ -1,4 +1,4 @@
-"""Publishing a student on the Hub: its weights, tokenizer, configs and card, and nothing else."""
+"""Publish a student on the Hub: weights, tokenizer, configs and card, and nothing else."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def publish(
 ) -> str:
     """Push a saved student to the Hub in one commit and return its address.
 
-    Weights that an earlier student left there go with the same commit: shards of another number,
-    or an adapter that has been merged since.
+    The same commit deletes weights of an earlier student that would be loaded beside the new ones:
+    shards of another number, or an adapter that has been merged since.
 
     folder: a model saved as safetensors with its tokenizer and card (``README.md``); the card's
         snippet is made to load ``repo_id``
@@ -78,7 +78,7 @@ def published_files(folder: str | Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What is pushed as it lies; the card is pushed too, but rewritten."""
+    """The files that are pushed unchanged. The card is pushed too, rewritten."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     names = list(
         filter_repo_objects(
@@ -101,8 +101,8 @@ def _check_complete(folder: Path) -> None:
     missing += _missing_weights(folder, stem)
     if missing:
         raise InputError(
-            f"{str(folder)!r} has no {' and no '.join(missing)}, so nobody could use or understand "
-            "it: save the student with save_pretrained and write its card with "
+            f"{str(folder)!r} has no {' and no '.join(missing)}, so it could not be used: "
+            "save the student with save_pretrained and write its card with "
             "hf_distill.reporting.model_card.write_card"
         )
     if adapter:
@@ -128,7 +128,7 @@ def _missing_weights(folder: Path, stem: str) -> list[str]:
 
 @contextmanager
 def _one_line_errors(what: str, token: str | None) -> Iterator[None]:
-    """Whatever the client raises as one InputError, without the token in it."""
+    """Turn any error of the client into one InputError without the token in it."""
     try:
         yield
     except InputError:

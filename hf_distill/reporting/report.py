@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page that says what a run made and what it gained."""
+"""``report.html``: one self-contained page with the results of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DIVERGENCE_NAMES = {
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run folder from the files that lie in it.
+    """Write ``report.html`` into a run folder from the files in it.
 
     run_dir: the folder with ``metrics.json``; ``recipe.yaml``, ``data/preparation.json`` and
         ``<model>/log_history.json`` have their sections if they are there
@@ -91,7 +91,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
 
 
 def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str) -> str:
-    """What was distilled into what, and what that gained, for better or worse, in one sentence."""
+    """One sentence: what was distilled into what, and how the student compares to the baseline."""
     sizes = {
         role: f" ({compact(count)} parameters)"
         for role, model in models.items()
@@ -131,7 +131,7 @@ def change_in_words(ours: float, theirs: float) -> str:
 
 
 def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
-    """Teacher and student as a reader would call them."""
+    """Short names of teacher and student."""
     teacher, student = (_section(recipe, role) for role in ("teacher", "student"))
     teacher_name = _model_name(teacher, "teacher")
     layers = student.get("layers")
@@ -209,7 +209,7 @@ def _share(comparison: Mapping[str, Any], name: str, key: str) -> str:
 
 
 def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """The four figures that people ask for first, each set against its rival."""
+    """The four main figures, each beside that of baseline or teacher."""
     for key, rival in (
         ("perplexity", "baseline"),
         ("kl_to_teacher", "baseline"),
@@ -246,7 +246,7 @@ def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
     histories = {
         role: history
         for role in TRAINED
-        if role in models  # what another recipe has left in the folder is not of this one
+        if role in models  # files of an earlier recipe are left out
         and (history := _read_json(run_dir / role / "log_history.json", list))
     }
     labels = {

@@ -1,7 +1,7 @@
-"""Where a teacher's weights lie: whole on every device, in shards over all of them, or on the CPU.
+"""Where a teacher's weights are stored: whole on every device, in shards, or on the CPU.
 
-Sharding is torch's own `fully_shard`, whatever engine trains the student: each layer is gathered
-for its own forward and given back, so that the teacher is never whole on any device.
+Sharding is torch's own `fully_shard`, whatever engine trains the student. Each layer is gathered
+for its own forward and released again, so that the teacher is never whole on any device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hf_distill.models.engines import made_whole
 from hf_distill.models.loading import load_model
 
 PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
-# Whole on every device up to this share of it: gathering costs time at every step.
+# Up to this share of a device's memory a teacher is replicated: gathering costs time at every step.
 SMALL = 0.25
 
 
 def check_placement(placement: str) -> None:
-    """InputError for a placement that there is not."""
+    """InputError for an unknown placement."""
     if placement not in PLACEMENTS:
         raise InputError(
             f"teacher_placement is {placement!r}, but must be one of {', '.join(PLACEMENTS)}"
@@ -39,7 +39,7 @@ def check_placement(placement: str) -> None:
 
 
 def chosen(placement: str, size: int, processes: int, room: int) -> str:
-    """What "auto" comes to, for `size` bytes of weights on devices with `room` bytes each."""
+    """What "auto" means for `size` bytes of weights on devices with `room` bytes each."""
     if placement == "sharded" and processes == 1:
         return "replicated"  # one shard is the whole
     if placement != "auto":
@@ -50,16 +50,17 @@ def chosen(placement: str, size: int, processes: int, room: int) -> str:
 
 
 def device_memory() -> int:
-    """Bytes of this process's device; of a CPU, its share of the machine's memory."""
+    """Bytes of this process's device; for a CPU, its share of the machine's memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
     return psutil.virtual_memory().total // max(1, PartialState().num_processes)
 
 
 def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTrainedModel, str]:
-    """A teacher by id or path, and where it is to lie: read by one process where it is sharded.
+    """Load a teacher by id or path and decide its placement; returns both.
 
-    A collective of all processes. The others get a model without weights, which `place` fills.
+    A collective of all processes. A teacher that will be sharded is read by one process; the others
+    get a model without weights, which `place` fills.
     """
     state = PartialState()
     with made_whole():
@@ -86,9 +87,9 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
 
 
 def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> str:
-    """Bring a teacher's weights where they are to lie; returns where that is, for people.
+    """Move a teacher's weights to their place; returns a description of it for the log.
 
-    raises: InputError for a quantised teacher, or one with a device map, that is to be moved
+    raises: InputError for a quantised teacher, or one with a device map, that would have to move
     """
     if _placed_by_itself(model):
         if placement not in ("auto", "replicated"):
@@ -100,7 +101,7 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
     if _is_sharded(model):
         return "sharded"
     whole, processes = weight_bytes(model), accelerator.num_processes
-    alone = " (of one process: there is nobody to share with)" if placement == "sharded" else ""
+    alone = " (one process: there is nothing to shard over)" if placement == "sharded" else ""
     placement = chosen(placement, whole, processes, device_memory())
     if placement == "sharded":
         _shard(model, accelerator)
@@ -136,7 +137,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """What transformers says is not to be split over devices."""
+    """The modules that transformers marks as not to be split over devices."""
     names = set(model._no_split_modules or ())
     return (module for module in model.modules() if type(module).__name__ in names)
 
@@ -144,19 +145,19 @@ def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
 def _without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # making parameters empty has made two of each
+    model.tie_weights()  # the empty parameters are not tied yet
     return model
 
 
 def _shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Cut in place, layer by layer; from the main process's weights where others have none."""
+    """Shard in place, layer by layer, from the main process's weights if others have none."""
     empty = torch.tensor(
         [any(p.is_meta for p in model.parameters())], device=accelerator.device, dtype=torch.int32
     )
     fill = bool(accelerator.reduce(empty, "max").item())
     weights: dict[str, Any] = {}
     if fill and accelerator.is_main_process:
-        # This process's weights are dealt out too; what it is cut of is as empty as the others'.
+        # This process's weights are distributed too: its model becomes as empty as the others'.
         weights = dict(model.state_dict())
         _empty(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -169,7 +170,7 @@ def _shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
 
 
 def _empty(model: nn.Module) -> None:
-    """Parameters without memory in the place of a model's own; tied ones stay tied."""
+    """Replace a model's parameters by ones without memory; tied ones stay tied."""
     empty: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -179,9 +180,11 @@ def _empty(model: nn.Module) -> None:
 
 
 def _offload(model: PreTrainedModel, device: torch.device) -> None:
-    """Layers wait on the CPU and visit the device one at a time; the rest stays there."""
+    """Keep layers on the CPU and move them to the device one at a time; the rest stays on it."""
     if device.type == "cpu":
-        device = torch.device("cpu")  # a CPU with an index is another device to accelerate's hooks
+        device = torch.device(
+            "cpu"
+        )  # accelerate's hooks take a CPU with an index for another device
     for layer in _layers(model):
         cpu_offload(layer, execution_device=device)
     for tensor in (*model.parameters(), *model.buffers()):

@@ -456,7 +456,7 @@ def test_an_interrupted_recording_goes_on_and_ends_with_the_same_bytes(tmp_path:
     teacher.forward = dies
     with pytest.raises(Interrupted):
         recorded(tmp_path, data, teacher, "cut", kind="sampled", batch_size=4)
-    with pytest.raises(InputError, match="no whole recording"):
+    with pytest.raises(InputError, match="no complete recording"):
         load_recording(tmp_path / "cut")
     with pytest.raises(InputError, match="missing' is a folder that does not exist"):
         load_recording(tmp_path / "missing")

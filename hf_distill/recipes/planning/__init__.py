@@ -1,6 +1,6 @@
-"""`hf-distill plan`: what a recipe would take, before anybody rents the machines.
+"""`hf-distill plan`: estimate memory, time and disk of a recipe before it runs.
 
-`trial` measures a few real steps here, `arithmetic` says what each engine makes of them.
+`trial` measures a few real steps on this machine, `arithmetic` computes memory for each engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ON_CPU = {"ddp.yaml": "cpu2.yaml", "zero2.yaml": "zero2_cpu.yaml", "zero3.yaml":
 
 @dataclass(frozen=True)
 class Plan:
-    """What each way of running takes on each of `devices`, and the first that fits.
+    """The memory of each way to run on each of `devices`, and the first that fits.
 
     memory: bytes of a device; ways: bytes by part, by configuration
     steps, rows: of the training, and of the data where they are prepared; None where not known
@@ -103,7 +103,7 @@ class Plan:
         )
 
     def lines(self, recipe: str, overrides: Sequence[str] = ()) -> list[str]:
-        """What else there is to know, a sentence a line.
+        """Further information, a sentence a line.
 
         recipe, overrides: as they were given, for the command to run
         """
@@ -164,7 +164,7 @@ def memory_bytes(text: str) -> float:
 
 
 def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
-    """Measure a few steps of the recipe here, and say what they come to on other machines."""
+    """Measure a few steps of the recipe here, and estimate them on other machines."""
     measures = measures_of(recipe, devices)
     cpu = not torch.cuda.is_available()
     possible_ways = possible(devices, recorded=recipe.record is not None, cpu=cpu)

@@ -1,15 +1,15 @@
-"""What each way of running a distillation takes on every device, from one device's measures.
+"""Compute the memory of each way to run a distillation from measures of one device.
 
-Sizes are bytes. What engines add to the shards is from their own documentation and defaults;
-docs/scaling.md says how little of it has been compared with measured peaks.
+Sizes are bytes. The overhead of engines is taken from their documentation and defaults;
+docs/scaling.md compares some of it with measured peaks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-# DeepSpeed 0.19's defaults, in elements: what ZeRO gathers gradients in, and what ZeRO-3 lets lie
-# gathered for use again.
+# DeepSpeed 0.19's defaults, in elements: the bucket for gradients of ZeRO, and what ZeRO-3 keeps
+# gathered for reuse.
 BUCKET, LIVE = 5e8, 1e9
 
 
@@ -44,7 +44,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to run: an engine, and where the teacher lies."""
+    """One way to run: an engine and a placement of the teacher."""
 
     name: str
     file: str | None

@@ -1,6 +1,6 @@
-"""A few real steps of a recipe's training with random weights and random tokens, measured.
+"""Measure a few real steps of a recipe's training, with random weights and random tokens.
 
-In a process of its own, so that its memory is that of a training and of nothing else.
+A trial is a process of its own, so that its memory is that of a training alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OPERATIONS, SHARE = 4e12, 0.5
 
 
 def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
-    """What one of so many devices would see of the recipe's training, from trials on this machine.
+    """Measures of the recipe's training on one of several devices, from trials on this machine.
 
     raises: InputError where they cannot share a step's rows evenly, or a trial fails
     """
@@ -107,7 +107,7 @@ def _in_child(
     answer: Any, text: str, student_layers: int | None, teacher_layers: int | None
 ) -> None:
     silence_libraries()
-    # What a trainer warns of random tokens and no tokenizer is no news of the recipe.
+    # Warnings about random tokens and a missing tokenizer do not concern the recipe.
     logging.getLogger("hf_distill").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(None):  # Trainer's logs of random tokens

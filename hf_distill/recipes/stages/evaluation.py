@@ -1,4 +1,4 @@
-"""Stages `evaluate` and `report`: what was gained, in figures and for people to look at."""
+"""Stages `evaluate` and `report`: metrics, the report and the student's card."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "pe
 def measure(run: Run, result: Path) -> None:
     """`metrics.json`: every model of the run beside the teacher, on the held-out rows."""
     section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
-    most = min(section.prompt_tokens, run.recipe.data.max_length // 2)  # room to go on
+    most = min(
+        section.prompt_tokens, run.recipe.data.max_length // 2
+    )  # leaves positions for the continuation
     prompts = [_prompt(rows[i], most) for i in _spread(rows, section.prompts)]
     accelerator = plain_accelerator()
     name, kwargs = teacher_source(run)
@@ -69,7 +71,7 @@ def measure(run: Run, result: Path) -> None:
         if role in ("baseline", "student"):
             training = read_json(run.folder / role / "training_results.json")
             figures[role]["train_seconds"] = training["train_seconds"]
-        shards = role == "teacher" and teacher.together  # that only speak together
+        shards = role == "teacher" and teacher.together  # run by all processes together
         if role != "initial" and (run.state.is_main_process or shards):
             texts = continuations(
                 {role: model}, prompts, tokenizer, max_new_tokens=section.max_new_tokens
@@ -104,7 +106,7 @@ def _models(run: Run, teacher: LiveTeacher) -> Iterator[tuple[str, Any]]:
 
 
 def _prompt(row: dict[str, Any], most: int) -> list[int]:
-    """The row up to what is to be learnt; of plain text, which is learnt whole, its beginning."""
+    """The row up to its first target; of plain text the beginning."""
     ids, labels = row["input_ids"], row["labels"]
     learnt = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
     return ids[:learnt] if learnt > 1 else ids[:most]
@@ -130,7 +132,7 @@ def _circumstances(run: Run) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name as people know it, where the system tells."""
+    """The processor's name, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -164,7 +166,7 @@ def _new(recipe: Recipe) -> str | None:
 
 
 def _named(places: str | list[str]) -> list[str]:
-    """The training data as a reader knows them."""
+    """Readable names of the training data."""
     listed = [places] if isinstance(places, str) else places
     return ["Python's standard library" if "{stdlib}" in place else place for place in listed]
 

@@ -1,4 +1,4 @@
-"""What a recipe takes from outside: checked before anything is made of it, and told apart later."""
+"""Check the external inputs of a recipe, and tell whether they have changed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def training_arguments(
 
 
 def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
-    """How a device takes its share of a step's rows: so many at a time, so many times.
+    """Split a device's share of a step's rows into micro-batches: rows at a time, and how often.
 
     most: rows that may go through at a time; by default the whole share
     raises: InputError where the devices cannot share them evenly
@@ -83,7 +83,7 @@ def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
 
 
 def bf16_is_fast(*, cpu: bool) -> bool:
-    """Does this machine multiply bfloat16 in hardware?"""
+    """Whether this machine multiplies bfloat16 in hardware."""
     if cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if torch.cuda.is_available():
@@ -104,11 +104,11 @@ def check_arguments(recipe: Recipe) -> None:
             raise InputError(f"{name}: {error}") from error
 
 
-# ---- Models, tokenizers and data of others ----
+# ---- Models, tokenizers and data sets ----
 
 
 def tokenizer_source(recipe: Recipe) -> tuple[str, str | None] | None:
-    """Whose tokenizer makes the tokens, and its revision; None where one is trained."""
+    """The model whose tokenizer is used, and its revision; None where one is trained."""
     if recipe.tokenizer.vocab_size is not None:
         return None
     if recipe.tokenizer.model is not None:
@@ -124,7 +124,7 @@ def revision_of(section: StudentSection | TeacherSection) -> str | None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """InputError for a model or data set that cannot be had or does not fit, in seconds.
+    """InputError, within seconds, for a model or data set that is missing or does not fit.
 
     Nothing but configs and tokenizers is loaded.
     """
@@ -214,7 +214,7 @@ def _first_line(error: Exception) -> str:
     return (lines or [type(error).__name__])[0].rstrip(".:")
 
 
-# ---- Telling whether they have changed ----
+# ---- Whether they have changed ----
 
 
 def data_stamp(config: DataConfig) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Stage `student`, and the models of a run: made, loaded and adapted as its recipe says."""
+"""Stage `student`, and the models of a run: how they are made, loaded and adapted."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def rows_of(run: Run, split: str) -> Dataset:
 
 
 def rows_to_train(run: Run, split: str) -> Dataset:
-    """The same with what the teacher said of them, where the recipe records it."""
+    """The same rows with their recordings, if the recipe records the teacher."""
     if run.recipe.record is None:
         return rows_of(run, split)
     return load_recording(run.folder / "recording" / split)
 
 
 def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
-    """The teacher of the recipe, or the one that this run has trained: its path, how to load it."""
+    """Path and keywords of the recipe's teacher, or of the one that this run has trained."""
     section = run.recipe.teacher
     if section.model is None:
         return str(run.folder / "teacher"), {}
@@ -54,7 +54,7 @@ def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
 
 
 def teaches_itself(recipe: Recipe) -> bool:
-    """Is the teacher what the student's adapter stands on, so that one set of weights does?"""
+    """Whether the teacher is the base model of the student's adapter."""
     teacher, student = recipe.teacher, recipe.student
     same = teacher.model is not None and teacher.model == student.model
     versions = {revision_of(section) for section in (teacher, student)}
@@ -111,8 +111,8 @@ def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     section = recipe.student
     lora = section.lora
     assert lora is not None
-    # What the adapter says that it belongs to: the id it came from, not the copy in the run folder;
-    # a folder by its whole path, since adapters are loaded from anywhere.
+    # The adapter stores the name of its base model: the original id instead of the copy in the run
+    # folder; a folder by its whole path, since adapters are loaded from anywhere.
     name = section.model or model.name_or_path
     model.name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})

@@ -1,4 +1,4 @@
-"""The eight stages, what decides the result of each, and which results it uses.
+"""The eight stages, the inputs of each, and the results that it uses.
 
 prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> report
 """
@@ -27,7 +27,7 @@ def _decide_rows(recipe: Recipe) -> Any:
 
 
 def _given_teacher(recipe: Recipe) -> Any:
-    """A teacher that is not trained here; one that is stands in the fingerprint of its stage."""
+    """A teacher that is not trained here. One that is has its stage's fingerprint instead."""
     section = recipe.teacher
     return section.model and [section.model, section.model_kwargs, model_stamp(section.model)]
 
@@ -39,7 +39,7 @@ def _without(section: dict[str, Any], *how_fast: str) -> dict[str, Any]:
 def _decide_recording(recipe: Recipe) -> Any:
     assert recipe.record is not None
     kept, train = _without(recipe.record.model_dump(), "batch_size"), arguments(recipe.train)
-    # The teacher speaks in the precision of the trainings.
+    # The teacher runs in the precision of the trainings.
     said = {key: train.get(key) for key in ("temperature", "bf16", "fp16")}
     return [recipe.seed, kept, said, _given_teacher(recipe)]
 
@@ -50,7 +50,7 @@ def _decide_student(recipe: Recipe) -> Any:
     return [recipe.seed, made_of, section.layers and _given_teacher(recipe)]
 
 
-# What decides nothing about a training with cross-entropy only but the divergence that it logs.
+# With cross-entropy only, these decide nothing but the divergence that is logged.
 OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew")
 
 
@@ -82,7 +82,7 @@ teacher = Stage(
 )
 record = Stage(
     name="record",
-    doing="recording what the teacher says",
+    doing="recording the teacher's outputs",
     result="recording",
     reads=_decide_recording,
     after=(prepare, teacher),
@@ -139,7 +139,7 @@ STAGES = (prepare, teacher, record, student, baseline, train, evaluate, report)
 
 
 def measure_again(run: Run) -> None:
-    """The stages `evaluate` and `report` made anew; InputError if any before is not up to date."""
+    """Run `evaluate` and `report` again; InputError if an earlier stage is not up to date."""
     *before, _, _ = STAGES
     stale = run.from_main(
         lambda: [s.name for s in before if s.wanted(run.recipe) and not run.is_made(s)]

@@ -1,4 +1,4 @@
-"""Stage `record`: what the teacher says of the rows, so that trainings do without it."""
+"""Stage `record`: record the teacher over the rows, so that trainings run without it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def record_teacher(run: Run, result: Path) -> None:
 
 
 def check_records(recipe: Recipe) -> None:
-    """InputError for a recipe that wants nothing recorded."""
+    """InputError for a recipe without a `record` section."""
     if recipe.record is None:
         raise InputError(
             "the recipe has no 'record' section, so there is nothing to record: add one, or "
@@ -74,7 +74,7 @@ def check_records(recipe: Recipe) -> None:
 
 
 def estimate_recording(run: Run) -> Estimate:
-    """What the stage would take, from a timed sample of the training rows."""
+    """Estimate the stage from a timed sample of the training rows."""
     section = run.recipe.record
     assert section is not None
     tokenizer = tokenizer_of(run)
@@ -90,7 +90,7 @@ def estimate_recording(run: Run) -> Estimate:
 
 
 def _rows(run: Run, split: str) -> Dataset:
-    """The rows to record: of the training rows a sample, where the recipe wants no more."""
+    """The rows to record; a sample of the training rows if the recipe limits them."""
     rows, section = rows_of(run, split), run.recipe.record
     assert section is not None
     if split != "train" or section.max_rows is None or section.max_rows >= len(rows):
@@ -106,7 +106,7 @@ def _teacher(run: Run) -> Teacher:
 
 
 def _accelerator(run: Run) -> Accelerator:
-    """With the mixed precision of the trainings: the teacher speaks as it would there."""
+    """An accelerator with the mixed precision of the trainings."""
     args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     return plain_accelerator(precision)

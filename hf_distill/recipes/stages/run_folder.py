@@ -1,4 +1,4 @@
-"""The run folder: claimed by one run of one recipe at a time."""
+"""The run folder: locked by one run, and owned by one recipe."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def open_run(recipe: Recipe, source: str | Path, share_with: Path | None = None)
     source: the recipe's file, by which a later run knows that the folder is its own
     share_with: a folder of other runs; see `Run`
     raises: InputError if the folder is another recipe's, holds something else, or is in use. A
-        folder that was made for nothing, because the first stage found bad input, is removed.
+        folder that stayed without results, because the first stage found bad input, is removed.
     """
     run = Run(recipe, share_with)
-    assert run.state  # first, so that its patience is the process group's
+    assert run.state  # first, so that its timeout is the process group's
     _tell_of_missing_processes(run)
     check_arguments(recipe)
     lock = FileLock(run.folder / LOCK)
     earlier = run.from_main(lambda: _claim(run, Path(source), lock))
-    # By the main process alone: it may be at work while others would still be looking.
+    # On the main process alone, which may write while others still read.
     results = run.state.is_main_process and _results(run.folder)
     try:
         yield run
@@ -48,7 +48,7 @@ def open_run(recipe: Recipe, source: str | Path, share_with: Path | None = None)
 def _tell_of_missing_processes(run: Run) -> None:
     """One line where `accelerate launch --cpu --num_processes 2` has started a single process.
 
-    It sets a port for them to meet at, but without MPI starts no second one, and says nothing.
+    It sets a port for two processes, but without MPI starts one only, and gives no message.
     """
     if (
         "MASTER_PORT" in os.environ

@@ -1,8 +1,8 @@
-"""Runs stages: what has not changed is skipped, what was interrupted goes on.
+"""Run stages: skip those whose inputs have not changed, resume those that were interrupted.
 
-A stage makes its result in `work/<stage>/`, it is moved to its final name when it is whole, and
-then a stamp, `work/<stage>.json`, says from which inputs it was made. A kill at any instant leaves
-either the old result or a stage that is done again, from its last whole checkpoint.
+A stage writes its result into `work/<stage>/`. The result is moved to its final name when it is
+complete; then a stamp, `work/<stage>.json`, records its inputs. A kill at any instant leaves either
+the old result, or a stage that runs again from its last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ NEVER_SHARED = ("report",)
 class Stage:
     """One step of a run, called with the run.
 
-    doing: what the line that announces it says
+    doing: what the stage does, for the log
     result: the file or folder that it makes in the run folder
     reads: the part of the recipe, and of the files outside, that decides the result
     after: the stages whose results it uses
     make: called with the run and the path to make the result at; on all processes where
         `everywhere` is True, otherwise on the main process alone
-    wanted: whether the recipe has this stage; without it an earlier result is left alone
-    keeps: parts of a result that were whole before it was, and are gone on from after a kill
+    wanted: whether the recipe has this stage; if not, an earlier result stays
+    keeps: parts of a result that an interrupted stage goes on from
     """
 
     name: str
@@ -70,7 +70,7 @@ class Stage:
         work = run.folder / "work" / self.name
         fingerprint = run.from_main(lambda: run.fingerprint(self))
         if run.from_main(lambda: run.is_made(self)):
-            run.from_main(lambda: remove(work))  # what a kill just before the end has left
+            run.from_main(lambda: remove(work))  # left over by a kill just before the end
             run.say(f"{self.name}: unchanged, skipped")
             return
         if (other := run.from_main(lambda: run.same_elsewhere(self))) is not None:
@@ -95,7 +95,7 @@ class Run:
     """One recipe and its run folder, seen from one of its processes."""
 
     def __init__(self, recipe: Recipe, share_with: Path | None = None) -> None:
-        """share_with: a folder of other runs, whose results are taken over where they serve"""
+        """share_with: a folder of other runs, from which results with the same inputs are taken"""
         self.recipe = recipe
         self.folder = Path(recipe.output_dir) / recipe.name
         self.share_with = share_with
@@ -103,11 +103,11 @@ class Run:
 
     @cached_property
     def state(self) -> PartialState:
-        """The processes of this run; made when first asked for, since it may start their group."""
-        # The main process may clean and tokenize for long while the others wait for it.
+        """The processes of this run. Made on first use, since it may start their group."""
+        # The others may wait long while the main process cleans and tokenizes.
         patience = timedelta(hours=12)
         deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-        # Without being told, several processes on CPUs would not know of each other.
+        # Without `cpu`, several processes on CPUs would not find each other.
         cpu = not deepspeed and not torch.accelerator.is_available()
         cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         return PartialState(cpu=cpu, timeout=patience)
@@ -123,7 +123,7 @@ class Run:
             Console(width=None if sys.stdout.isatty() else 120).print(table)
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """What an action returns on the main process, on all of them; an error ends all of them."""
+        """Run an action on the main process and return its value on all; an error ends all."""
         value: Any = None
         error: BaseException | None = None
         if self.state.is_main_process:
@@ -150,7 +150,7 @@ class Run:
         return self._fingerprints[stage.name]
 
     def is_made(self, stage: Stage) -> bool:
-        """Is the stage's result there, made from what the recipe says now?"""
+        """Whether the result exists and was made from the inputs of the current recipe."""
         stamp = read_json(stamp_of(self, stage)) or {}
         exists = (self.folder / stage.result).exists()
         return exists and stamp.get("fingerprint") == self.fingerprint(stage)
@@ -180,7 +180,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none, or none that is whole."""
+    """The content of a JSON file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -196,10 +196,10 @@ def remove(path: Path) -> None:
 
 
 def _begin(work: Path, inputs: dict[str, str], keeps: tuple[str, ...]) -> None:
-    """An empty working folder, or what an interrupted run with the same inputs left in it.
+    """Make an empty working folder, or keep that of an interrupted run with the same inputs.
 
-    Other numbers of processes draw other batches, and engines cannot read each other's
-    checkpoints: these begin anew.
+    Another number of processes draws other batches, and engines cannot read each other's
+    checkpoints. Both begin anew.
     """
     if read_json(work / "begun.json") != inputs:
         remove(work)
@@ -212,7 +212,7 @@ def _begin(work: Path, inputs: dict[str, str], keeps: tuple[str, ...]) -> None:
 
 
 def _take_over(run: Run, stage: Stage, other: Path, fingerprint: str) -> None:
-    """The result of another run, as hard links: whoever changes a file later replaces it."""
+    """Take the result of another run as hard links. Writers replace files, never change them."""
     work, source = run.folder / "work" / stage.name, other / stage.result
     remove(work)
     work.mkdir(parents=True)
@@ -233,7 +233,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def _finish(run: Run, stage: Stage, fingerprint: str, seconds: float) -> None:
     result, work = run.folder / stage.result, run.folder / "work" / stage.name
     stamp = stamp_of(run, stage)
-    remove(stamp)  # first, so that it never speaks for a result that it was not made with
+    remove(stamp)  # first, so that it never belongs to another result
     remove(result)
     (work / "result").rename(result)
     write_whole(stamp, json.dumps({"fingerprint": fingerprint, "seconds": round(seconds, 1)}))

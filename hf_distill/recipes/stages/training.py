@@ -1,4 +1,4 @@
-"""Stages `teacher`, `baseline` and `train`: one training, with other teachers and other weights."""
+"""Stages `teacher`, `baseline` and `train`: the same training with other teachers and weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def train_teacher(run: Run, result: Path) -> None:
 
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
-    # With alpha 0 the teacher is only asked in evaluations, for the curve of the divergence.
+    # With alpha 0 the teacher runs in evaluations only, for the curve of the divergence.
     _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0})
 
 
@@ -80,7 +80,7 @@ def _train(
     *,
     rows_from: Callable[[Run, str], Dataset] = rows_of,
 ) -> None:
-    """Train, from the last whole checkpoint if there is one, and save model, tokenizer and log."""
+    """Train, from the last complete checkpoint if there is one; save model, tokenizer and log."""
     recipe, tokenizer = run.recipe, tokenizer_of(run)
     checkpoints = result.parent / "checkpoints"
     # First, since under ZeRO-3 it decides that the student's weights are read in shards.
@@ -134,7 +134,7 @@ def _train(
 
 
 def _merge(run: Run, result: Path) -> None:
-    """The adapter's folder, with a whole model in its place."""
+    """Replace the adapter in a folder by the merged model."""
     model = merged(run, result)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (result / name).unlink()
@@ -150,9 +150,9 @@ class Bar(ProgressCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds spent in steps, so without evaluations and checkpoints, kept over interruptions.
+    """Seconds spent in steps, without evaluations and checkpoints, kept over interruptions.
 
-    The figure travels in each checkpoint's `trainer_state.json`.
+    The figure is stored in each checkpoint's `trainer_state.json`.
     """
 
     def __init__(self) -> None:
