@@ -167,14 +167,14 @@ def record(
             if not estimate:
                 stages.record(this_run)
                 return
-            told = estimate_recording(this_run)
-            hours = told.seconds / 3600
+            size = estimate_recording(this_run)
+            hours = size.seconds / 3600
             cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
-            this_run.say(
-                f"record: {told.rows:,} training rows with about {told.targets:,} targets: "
-                f"{told.bytes / 1e6:,.1f} MB at {told.bytes_per_target:.1f} bytes a target, "
-                f"{hours:.2f} hours ({told.seconds:,.0f} s) at "
-                f"{told.targets_per_second:,.0f} targets/s{cost}"
+            this_run.log(
+                f"record: {size.rows:,} training rows with about {size.targets:,} targets: "
+                f"{size.bytes / 1e6:,.1f} MB at {size.bytes_per_target:.1f} bytes a target, "
+                f"{hours:.2f} hours ({size.seconds:,.0f} s) at "
+                f"{size.targets_per_second:,.0f} targets/s{cost}"
             )
 
 

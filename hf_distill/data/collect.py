@@ -150,7 +150,7 @@ def _load(
 ) -> Dataset:
     processes = min(num_proc or 1, len(files))
     level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it all
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the InputError says it
     try:
         rows = datasets.load_dataset(
             kind,

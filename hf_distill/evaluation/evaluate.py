@@ -221,7 +221,7 @@ def _refuse_non_finite(sums: Mapping[str, Tensor], rows_before: int) -> None:
 
 
 def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What the main process finds, on every process; its error too, so that nobody waits for it."""
+    """Run work on the main process; its result or error reaches every process."""
     outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:

@@ -18,7 +18,7 @@ TOKENS = 6
 
 @torch.no_grad()
 def ignores_padding(model: PreTrainedModel) -> bool:
-    """Whether padding on the left changes what the model says of the tokens after it.
+    """Whether padding on the left changes the logits of the tokens after it.
 
     True for models without attention that ignore the mask (RWKV, xLSTM). False where the probe
     itself fails.

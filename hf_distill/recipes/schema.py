@@ -1,4 +1,4 @@
-"""A recipe: the typed form of one YAML file that says how a student is made.
+"""The typed form of a recipe, the YAML file that describes how a student is made.
 
 Every key is declared, documented and given its default here, once. The keys of the `train`
 sections are the fields of `DistillationArguments` and `TrainingArguments` themselves.
@@ -21,7 +21,7 @@ from hf_distill.training.arguments import DistillationArguments
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, and nothing changes after reading."""
+    """A part of a recipe. Unknown keys are refused; values do not change after reading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
@@ -94,7 +94,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 
 def _plain(hint: Any) -> Any:
-    """A field's type as YAML can state it: an enum or a class beside plain types is left out."""
+    """A field's type without enums and classes, which YAML cannot state."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     kept = [
@@ -106,11 +106,11 @@ def _plain(hint: Any) -> Any:
 
 
 class _Training(Section):
-    """What a train section has beside the fields of its arguments class."""
+    """The keys of a train section beside the fields of its arguments class."""
 
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Rows of an optimizer step, over all processes together: a recipe then means the same on any
-    number of them. `per_device_train_batch_size`, if given, is how many go through at a time."""
+    """Rows of an optimizer step over all processes, so that a recipe means the same on any number
+    of them. `per_device_train_batch_size`, if given, limits the rows at a time."""
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> _Training:
@@ -154,7 +154,7 @@ TrainSection = _train_section(
 
 
 class TokenizerSection(Section):
-    """Which tokenizer makes the tokens. A string stands for `model`."""
+    """The tokenizer. A string stands for `model`."""
 
     model: str | None = None
     """Hub id or folder; by default the student's own, otherwise the teacher's."""
@@ -167,18 +167,18 @@ class TokenizerSection(Section):
 
 
 class TeacherSection(Section):
-    """Who teaches. A string stands for `model`."""
+    """The teacher. A string stands for `model`."""
 
     model: str | None = None
     """Hub id or folder of a causal language model."""
     model_kwargs: dict[str, Any] = {}
     """Passed to `from_pretrained`: dtype, revision, attn_implementation, ..."""
     placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
-    """Where its weights lie: whole on every device, in shards over them, or on the CPU."""
+    """Where its weights are stored: whole on every device, in shards over them, or on the CPU."""
     config: dict[str, Any] | None = None
     """Train a teacher from scratch instead: `model_type` and that model's settings."""
     train: PretrainSection | None = None  # type: ignore[valid-type]
-    """How it is trained from scratch: fields of `transformers.TrainingArguments`."""
+    """Its training from scratch: fields of `transformers.TrainingArguments`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSection:
@@ -188,7 +188,7 @@ class TeacherSection(Section):
 
 
 class LoraSection(Section):
-    """A LoRA student: the initial model stays as it is and adapters are trained (`peft`)."""
+    """A LoRA student: the initial model is frozen and adapters are trained (`peft`)."""
 
     r: int = Field(default=8, ge=1)
     """Rank of the adapters."""
@@ -197,36 +197,36 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapters (`lora_dropout`)."""
     target_modules: str | list[str] | None = None
-    """Names of the layers that get one; by default what peft knows for the model type."""
+    """Names of the layers that get an adapter; by default those of peft for the model type."""
     modules_to_save: list[str] | None = None
-    """Layers that are trained whole beside the adapters."""
+    """Layers that are trained in full beside the adapters."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = False
     """Adapt direction and length of the weights separately."""
     merge: bool = False
-    """Save the student with its adapters merged into the weights, as a model like any other."""
+    """Merge the adapters into the weights of the saved student."""
 
 
 class RecordSection(Section):
-    """Run the teacher once, and let trainings read what it said; at `train.temperature`."""
+    """Run the teacher once, at `train.temperature`, and train from its recorded outputs."""
 
     kind: Literal["top_k", "sampled", "full"] = "top_k"
-    """The k likeliest tokens and the mass of all others; draws; or every log-probability."""
+    """`top_k`: the k likeliest tokens and the mass of all others; `sampled`: draws; `full`: all."""
     k: int = Field(default=64, ge=1, lt=2**16)
-    """How many tokens `top_k` names at each target."""
+    """Tokens of `top_k` at each target."""
     draws: int = Field(default=50, ge=1, lt=2**16)
-    """How many draws `sampled` makes at each target; for forward_kl only."""
+    """Draws of `sampled` at each target; for forward_kl only."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Record, and train on, a sample of this many training rows: few steps do not need them all."""
+    """Record, and train on, a sample of this many training rows."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows that the teacher sees at a time on each device."""
+    """Rows at a time on each device."""
     shard_rows: int = Field(default=1000, ge=1)
-    """Rows of one file; what an interruption loses at most."""
+    """Rows of one file, which is the most that an interruption loses."""
 
 
 class StudentSection(Section):
-    """What the student is before training. A string stands for `model`."""
+    """The student before training. A string stands for `model`."""
 
     model: str | None = None
     """Hub id or folder of a causal language model."""
@@ -237,7 +237,7 @@ class StudentSection(Section):
     layers: str | list[int] | None = None
     """Layers of the teacher instead: every_other, first_and_last, or a list of indices."""
     num_layers: int | None = Field(default=None, ge=1)
-    """How many layers `first_and_last` takes."""
+    """Number of layers that `first_and_last` takes."""
     lora: LoraSection | None = None
     """Train adapters on top of any of these."""
 
@@ -258,9 +258,9 @@ class EvaluateSection(Section):
     speed: bool = True
     """Also measure tokens per second and peak memory."""
     prompts: int = Field(default=4, ge=0)
-    """How many held-out rows are continued by every model for the report."""
+    """Held-out rows that every model continues for the report."""
     prompt_tokens: int = Field(default=32, ge=1)
-    """Tokens of a prompt where the data do not say where the prompt ends."""
+    """Tokens of a prompt, where rows have no prompt of their own."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Tokens of a continuation."""
 
@@ -271,7 +271,7 @@ class PublishSection(Section):
     repo_id: str | None = None
     """Repository on the Hub, owner/name."""
     private: bool = True
-    """Whether a repository that is made is private."""
+    """Whether a new repository is private."""
 
 
 class Recipe(Section):
@@ -284,19 +284,19 @@ class Recipe(Section):
     output_dir: str = "runs"
     """Where run folders are made."""
     data: DataConfig
-    """Where rows come from and what is made of them; its keys are in docs/data.md."""
+    """The rows and their preparation; the keys are in docs/data.md."""
     tokenizer: TokenizerSection = TokenizerSection()
-    """What makes tokens of them. A string stands for `tokenizer.model`."""
+    """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
-    """Who teaches. A string stands for `teacher.model`."""
+    """The teacher. A string stands for `teacher.model`."""
     record: RecordSection | None = None
-    """Run the teacher once and train from what it said; by default it is asked as training goes."""
+    """Record the teacher once and train from the recording; by default it runs during training."""
     student: StudentSection
-    """What the student is before training. A string stands for `student.model`."""
+    """The student before training. A string stands for `student.model`."""
     baseline: bool = True
     """Also train the student with cross-entropy only, on equal terms."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
-    """How baseline and student are trained: fields of `DistillationArguments`."""
+    """The training of baseline and student: fields of `DistillationArguments`."""
     evaluate: EvaluateSection = EvaluateSection()
     """What is measured at the end."""
     publish: PublishSection = PublishSection()
@@ -341,7 +341,7 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """All that the run is decided by, with the defaults of a recipe (not with Trainer's)."""
+        """All settings with the defaults of a recipe, without those of Trainer."""
         dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
         dump["train"] = arguments(self.train)
         if self.teacher.config is not None:
@@ -350,5 +350,5 @@ class Recipe(Section):
 
 
 def arguments(section: Section) -> dict[str, Any]:
-    """What a train section sets: the keyword arguments for an arguments class."""
+    """The keyword arguments that a train section sets."""
     return section.model_dump(mode="json", exclude_none=True)

@@ -117,13 +117,13 @@ def finish(folder: Path, recorder: RecordingWriter, shards: int) -> None:
         path = (folder / shard_name(index)).with_suffix(".json")
         parts.append(json.loads(path.read_text(encoding="utf-8")))
     counts = {name: sum(part[name] for part in parts) for name in ("rows", "targets", "bytes")}
-    told = [part["rounding"] for part in parts if part["rounding"] is not None]
+    roundings = [part["rounding"] for part in parts if part["rounding"] is not None]
     manifest = {
         **recorder.identity,
         "shards": shards,
         **counts,
         "bytes_per_target": round(counts["bytes"] / max(counts["targets"], 1), 2),
-        "rounding": round(sum(told) / len(told), 6) if told else None,
+        "rounding": round(sum(roundings) / len(roundings), 6) if roundings else None,
         "versions": {name: version(name) for name in ("hf-distill", "torch", "transformers")},
     }
     write_card(folder, manifest)
@@ -133,8 +133,8 @@ def finish(folder: Path, recorder: RecordingWriter, shards: int) -> None:
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `README.md`, the recording's card on the Hub."""
     template = (files("hf_distill.recordings") / "card.md.jinja").read_text("utf-8")
-    told = Template(template, undefined=StrictUndefined, keep_trailing_newline=True)
-    _write_whole(folder / "README.md", told.render(**manifest))
+    text = Template(template, undefined=StrictUndefined, keep_trailing_newline=True)
+    _write_whole(folder / "README.md", text.render(**manifest))
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -112,7 +112,7 @@ def _check_complete(folder: Path) -> None:
         if base and Path(base).exists():
             raise InputError(
                 f"{str(folder)!r} holds an adapter for a model in a local folder "
-                f"({Path(base).name!r}), which nobody else has: merge it (merge_and_unload) and "
+                f"({Path(base).name!r}), which others do not have: merge it (merge_and_unload) and "
                 "save the whole student, or publish the base and name its id in adapter_config.json"
             )
 

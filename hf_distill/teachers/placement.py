@@ -66,7 +66,7 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
     with made_whole():
         if state.num_processes == 1:
             return load_model(name, "teacher", **kwargs), placement
-        told: list[Any] = [None]
+        options: list[Any] = [None]
         model: PreTrainedModel | None = None
         if state.is_main_process:
             try:
@@ -74,13 +74,13 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
                 if not _placed_by_itself(model):
                     size = weight_bytes(model)
                     placement = chosen(placement, size, state.num_processes, device_memory())
-                told = [(placement, model.config, model.dtype)]
+                options = [(placement, model.config, model.dtype)]
             except InputError as error:
-                told = [str(error)]
-        told = broadcast_object_list(told)
-        if isinstance(told[0], str):
-            raise InputError(told[0])
-        placement, config, dtype = told[0]
+                options = [str(error)]
+        options = broadcast_object_list(options)
+        if isinstance(options[0], str):
+            raise InputError(options[0])
+        placement, config, dtype = options[0]
         if model is None and placement != "sharded":
             model = load_model(name, "teacher", **kwargs)
         return model or _without_weights(config, dtype), placement
@@ -164,8 +164,8 @@ def _shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
     for layer in [*_layers(model), model]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     if fill:
-        told = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, weights, options=told)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=options)
         model.requires_grad_(False)
 
 

@@ -89,16 +89,16 @@ class Plan:
     def advice(self) -> str:
         """What to do where nothing fits."""
         least = min(self.ways.values(), key=lambda of: sum(of.values()))
-        told = (
+        found = (
             f"none of these fits into {_size(self.memory)}; the least takes "
             f"{_size(sum(least.values()))}"
         )
         if least["libraries"] >= self.memory:
             return (
-                f"{told}, and the libraries alone {_size(least['libraries'])}: use larger devices"
+                f"{found}, and the libraries alone {_size(least['libraries'])}: use larger devices"
             )
         return (
-            f"{told}: use more devices, a smaller train.per_device_train_batch_size, or "
+            f"{found}: use more devices, a smaller train.per_device_train_batch_size, or "
             "train.gradient_checkpointing=true"
         )
 
@@ -107,48 +107,48 @@ class Plan:
 
         recipe, overrides: as they were given, for the command to run
         """
-        told = [
+        found = [
             f"speed: {self.measures.seconds:,.2f} s a micro-batch of {self.measures.tokens:,} "
             f"tokens on this machine, {self.tokens_per_second:,.0f} tokens/s on {self.devices} "
             "such devices, if none waits for another"
         ]
         if self.hours is None:
-            told.append(
+            found.append(
                 "time: not known before the rows are prepared: `hf-distill run` begins with it; or "
                 "set max_steps"
             )
         else:
             again = ", and at most as long again for the baseline" if self.baseline else ""
-            told.append(f"time: {self.steps:,} steps in {self.hours:,.2f} hours{again}")
+            found.append(f"time: {self.steps:,} steps in {self.hours:,.2f} hours{again}")
         if self.rows is not None:
             size = self.rows * self.length * self.bytes_per_target
-            told.append(
+            found.append(
                 f"recording: at most about {size / GB:,.2f} GB for {self.rows:,} rows, as "
                 "prepared in the run folder, at "
                 f"{self.bytes_per_target:,.0f} bytes a target (`hf-distill record --estimate` "
                 "times a sample)"
             )
         else:
-            told.append(
+            found.append(
                 f"recording: at most about {self.bytes_per_target:,.0f} bytes a target "
                 f"({self.bytes_per_target:,.0f} GB for a billion tokens)"
             )
         how = self.recommended
         if how is None:
-            return told
+            return found
         placed = how.placement and not self.teaches_itself
         options = f" --set teacher.placement={how.placement}" if placed else ""
         options = " --set record.k=64" if how.recorded and not self.records else options
         options = "".join(f" --set {shlex.quote(o)}" for o in overrides) + options
         if how.file is None:
-            told.append(f"{how.name}: hf-distill run {recipe}{options}")
+            found.append(f"{how.name}: hf-distill run {recipe}{options}")
         else:
             file = how.file if torch.cuda.is_available() else ON_CPU.get(how.file, how.file)
-            told.append(
+            found.append(
                 f"{how.name}: accelerate launch --config_file recipes/accelerate/{file} "
                 f"--num_processes {self.devices} recipes/distill.py {recipe}{options}"
             )
-        return told
+        return found
 
 
 def _size(size: float) -> str:

@@ -93,8 +93,8 @@ def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None)
         found = ours.recv()
     except EOFError:
         raise InputError(
-            "the trial ended without a word, probably for lack of memory: plan on a machine with "
-            "more, or with a smaller train.per_device_train_batch_size"
+            "the trial ended without an error message, probably for lack of memory: use a machine "
+            "with more, or a smaller train.per_device_train_batch_size"
         ) from None
     finally:
         child.join()
@@ -113,7 +113,7 @@ def _in_child(
         with contextlib.redirect_stdout(None):  # Trainer's logs of random tokens
             found = _trial(parse_recipe(text), student_layers, teacher_layers)
         answer.send(found)
-    except Exception as error:  # told by the parent, which has no traceback of this process
+    except Exception as error:  # reported by the parent, which has no traceback of this process
         answer.send(f"the trial failed: {' '.join(str(error).split())}")
 
 

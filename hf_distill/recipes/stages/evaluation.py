@@ -53,7 +53,7 @@ def measure(run: Run, result: Path) -> None:
     figures: dict[str, dict[str, float]] = {}
     shown: list[dict[str, str]] = [{} for _ in prompts]
     for role, model in _models(run, teacher):
-        run.say(f"  {role}")
+        run.log(f"  {role}")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         figures[role] = evaluate_student(
             model,
@@ -90,7 +90,7 @@ def write_report_and_card(run: Run, result: Path) -> None:
     metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
     write_card(run.folder / "student", _facts(run, metrics))
     write_report(run.folder).rename(result)
-    run.say(f"  {run.folder / 'report.html'}")
+    run.log(f"  {run.folder / 'report.html'}")
 
 
 def _models(run: Run, teacher: LiveTeacher) -> Iterator[tuple[str, Any]]:
@@ -179,7 +179,7 @@ def _objective(train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe itself says of the training."""
+    """The training settings that the recipe itself gives."""
     told = (
         "max_steps",
         "num_train_epochs",

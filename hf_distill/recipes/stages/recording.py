@@ -55,9 +55,9 @@ def record_teacher(run: Run, result: Path) -> None:
         )
     run.state.wait_for_everyone()  # the others may still be opening what is moved away here
     run.from_main(lambda: _move(result))
-    told = load_recording(result / "train")
+    recorded = load_recording(result / "train")
     size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
-    run.say(f"  {len(told):,} rows, {size / MB:,.0f} MB on disk, tokens included")
+    run.log(f"  {len(recorded):,} rows, {size / MB:,.0f} MB on disk, tokens included")
     accelerator.free_memory()
     del teacher
     gc.collect()

@@ -55,7 +55,7 @@ def _tell_of_missing_processes(run: Run) -> None:
         and "WORLD_SIZE" not in os.environ
         and run.state.num_processes == 1
     ):
-        run.say(
+        run.log(
             "note: accelerate has started one process, however many were asked for; for several on "
             "CPUs use `accelerate launch --config_file recipes/accelerate/cpu2.yaml`"
         )

@@ -65,19 +65,19 @@ class Stage:
         """Make the result, unless it is there already, made from the same inputs."""
         start = time.perf_counter()
         if not self.wanted(run.recipe):
-            run.say(f"{self.name}: not in this recipe, skipped")
+            run.log(f"{self.name}: not in this recipe, skipped")
             return
         work = run.folder / "work" / self.name
         fingerprint = run.from_main(lambda: run.fingerprint(self))
         if run.from_main(lambda: run.is_made(self)):
             run.from_main(lambda: remove(work))  # left over by a kill just before the end
-            run.say(f"{self.name}: unchanged, skipped")
+            run.log(f"{self.name}: unchanged, skipped")
             return
         if (other := run.from_main(lambda: run.same_elsewhere(self))) is not None:
             run.from_main(lambda: _take_over(run, self, other, fingerprint))
-            run.say(f"{self.name}: made from the same inputs in {other.name}, shared")
+            run.log(f"{self.name}: made from the same inputs in {other.name}, shared")
             return
-        run.say(f"{self.name}: {self.doing}")
+        run.log(f"{self.name}: {self.doing}")
         engine = f"{run.state.distributed_type.value} x {run.state.num_processes}"
         inputs = {"fingerprint": fingerprint, "engine": engine}
         run.from_main(lambda: _begin(work, inputs, self.keeps))
@@ -88,7 +88,7 @@ class Stage:
             run.from_main(lambda: self.make(run, work / "result"))
         give_back_memory()
         run.from_main(lambda: _finish(run, self, fingerprint, time.perf_counter() - start))
-        run.say(f"{self.name}: done in {time.perf_counter() - start:.0f} s")
+        run.log(f"{self.name}: done in {time.perf_counter() - start:.0f} s")
 
 
 class Run:
@@ -112,7 +112,7 @@ class Run:
         cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         return PartialState(cpu=cpu, timeout=patience)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line to the terminal, once."""
         if self.state.is_main_process:
             print(text, flush=True)

@@ -108,10 +108,10 @@ def _train(
     rows_a_step = args.train_batch_size * accumulated * processes
     split = f" ({args.train_batch_size} at a time, {accumulated} times)" if accumulated > 1 else ""
     split += f" on {processes} processes" if processes > 1 else ""
-    run.say(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step{split}")
+    run.log(f"  {compact(trained)} parameters, {len(rows):,} rows, {rows_a_step} a step{split}")
     resume = last_complete_checkpoint(checkpoints)
     if resume:
-        run.say(f"  resuming from {Path(resume).name}")
+        run.log(f"  resuming from {Path(resume).name}")
     PeakMemory.forget()
     trainer.train(resume_from_checkpoint=resume)
     peak = trainer.accelerator.reduce(
