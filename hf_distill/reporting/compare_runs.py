@@ -92,7 +92,7 @@ def _table(role: str, groups: Sequence[Group], figures: Sequence[Figure]) -> dic
 
 
 def _curves(groups: Sequence[Group]) -> list[str]:
-    """Held-out values of the students over the steps, one line a run, coloured by group."""
+    """The students over the steps, one line a run, coloured by group."""
     histories: dict[str, Mapping[str, Any]] = {
         str(run.folder): {"student": run.histories["student"]}
         for group in groups
@@ -107,11 +107,11 @@ def _curves(groups: Sequence[Group]) -> list[str]:
     titles["loss"] = "Training objective, each its own"
     drawn = []
     for key, title in titles.items():
-        lines = [
-            (number % plots.LINES, plots.series(run.histories["student"], f"eval_{key}"))
+        runs = [
+            (number % plots.LINES, run.histories["student"])
             for number, group in enumerate(groups)
             for run in group.runs
             if "student" in run.histories
         ]
-        drawn.append(plots.overlaid(lines, key, f"{title}, held-out rows"))
+        drawn.append(plots.overlaid(runs, key, title))
     return [svg for svg in drawn if svg]

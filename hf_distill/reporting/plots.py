@@ -79,23 +79,25 @@ def curves(
     return _svg(figure, f"{title} over the optimizer steps", key)
 
 
-def overlaid(
-    lines: Sequence[tuple[int, Sequence[tuple[float, float]]]], key: str, title: str
-) -> str | None:
-    """Several runs in one panel.
+def overlaid(runs: Sequence[tuple[int, History]], key: str, title: str) -> str | None:
+    """One quantity of several runs: training as thin lines, held-out rows as lines with markers.
 
-    lines: by run, the number of its colour (below `LINES`) and its (step, value) points
-    returns: SVG, or None where no run has a point
+    runs: by run, the number of its colour (below `LINES`) and its log
+    returns: SVG, or None where no run has logged the quantity on held-out rows
     """
-    lines = [(colour, points) for colour, points in lines if points]
-    if not lines:
+    lines = [(colour, series(h, key), series(h, f"eval_{key}")) for colour, h in runs]
+    if not any(held_out for _, _, held_out in lines):
         return None
     figure, axes = _axes(title)
-    for colour, points in lines:
-        style: dict[str, Any] = {"color": _LINE_COLOURS[colour], "markeredgecolor": PAPER}
-        axes.plot(*zip(*points, strict=True), linewidth=1.6, marker="o", markersize=4, **style)
-    last = max(step for _, points in lines for step, _ in points)
-    settled = [v for _, points in lines for step, v in points if step >= WARM_UP * last]
+    for colour, train, held_out in lines:
+        if train:
+            axes.plot(*zip(*train, strict=True), color=_LINE_COLOURS[colour], lw=0.9, alpha=0.5)
+        if held_out:
+            style: dict[str, Any] = {"color": _LINE_COLOURS[colour], "markeredgecolor": PAPER}
+            axes.plot(*zip(*held_out, strict=True), lw=1.6, marker="o", markersize=5, **style)
+    points = [point for _, *both in lines for line in both for point in line]
+    last = max(step for step, _ in points)
+    settled = [value for step, value in points if step >= WARM_UP * last]
     margin = 0.06 * (max(settled) - min(settled)) or 0.1
     axes.set(ylim=(min(settled) - margin, max(settled) + margin), xlim=(0, 1.02 * last))
     axes.set_xlabel("optimizer step")

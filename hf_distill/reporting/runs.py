@@ -62,11 +62,12 @@ class Group:
         if not values:
             return "–"
         text = figure.text(statistics.fmean(values))
-        if len(values) < 2:
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        if not spread:
             return text
-        spread = statistics.stdev(values)
-        shown = f"{100 * spread:.1f}%" if figure.percent else f"{spread:.2g}"
-        return f"{text} ± {shown}"
+        if figure.percent:
+            return f"{text} ± {100 * spread:.1f}%"
+        return f"{text} ± {float(f'{spread:.2g}'):,.6g}"
 
 
 def find_runs(places: Iterable[str | Path]) -> tuple[list[FinishedRun], list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,6 +11,13 @@ from transformers import TrainingArguments
 from hf_distill.errors import InputError
 from hf_distill.losses.divergences import named_divergence
 from hf_distill.teachers.placement import check_placement
+
+# The packages, any one of them, that the trackers of the extra "trackers" need.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
 
 
 @dataclass
@@ -113,6 +121,13 @@ class DistillationArguments(TrainingArguments):
         return value if isinstance(value, dict) else {}  # post-init has read any JSON string
 
     def _refuse_unsupported(self) -> None:
+        for tracker in self.report_to if isinstance(self.report_to, list) else ():
+            packages = TRACKERS.get(tracker, ())
+            if packages and not any(map(find_spec, packages)):
+                raise InputError(
+                    f"report_to is {tracker!r}, but {packages[0]} is not installed: "
+                    f"pip install 'hf-distill[trackers]', or {packages[0]} alone"
+                )
         if self.label_smoothing_factor:
             raise InputError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which a distillation "

@@ -361,6 +361,19 @@ def test_a_step_that_only_fp16_spoils_is_skipped(caplog: pytest.LogCaptureFixtur
         sums.finish_step(fp16, 7, None)  # type: ignore[arg-type]
 
 
+# ---- Trackers ----
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
+def test_a_missing_tracker_names_the_extra(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_distill.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=rf"{tracker} is not installed: .*hf-distill\[trackers\]"):
+        arguments(tmp_path, report_to=tracker)
+    assert arguments(tmp_path, report_to="none").report_to == []
+
+
 # ---- Labels ----
 
 
