@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,8 @@ TOKENS = 6
 def ignores_padding(model: PreTrainedModel) -> bool:
     """Whether padding on the left changes the logits of the tokens after it.
 
-    True for models without attention that ignore the mask (RWKV, xLSTM). False where the probe
-    itself fails.
+    True for models that ignore the attention mask or take none (RWKV, CPM-Ant). False where the
+    probe itself fails.
     """
     try:
         with _evaluating(model):
@@ -29,7 +30,9 @@ def ignores_padding(model: PreTrainedModel) -> bool:
             plain = model(input_ids=ids, use_cache=False).logits
             padded = torch.nn.functional.pad(ids, (2, 0), value=_padding(model))
             mask = torch.nn.functional.pad(torch.ones_like(ids), (2, 0))
-            inputs = {"input_ids": padded, "attention_mask": mask}
+            inputs = {"input_ids": padded}
+            if "attention_mask" in inspect.signature(model.forward).parameters:
+                inputs["attention_mask"] = mask
             counter = PositionCounter(model)
             if counter.applies:
                 inputs["position_ids"] = counter(mask)
