@@ -8,7 +8,8 @@ skipped if its inputs have not changed, and resumes if it was interrupted.
 
 import typer
 
-from hf_distill.cli.commands import Debug, Overrides, RecipeFile, guarded
+from hf_distill.cli.commands import Debug, Overrides, RecipeFile
+from hf_distill.cli.exit_codes import guarded
 from hf_distill.recipes import load_recipe
 from hf_distill.recipes.stages import (
     baseline,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from hf_distill import __version__
-from hf_distill.errors import InputError, silence_libraries
+from hf_distill.cli.exit_codes import guarded
+from hf_distill.errors import InputError
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, as in recipes/. See docs/recipes.md.")
@@ -323,55 +319,6 @@ def publish(
             )
         hidden = section.private if private is None else private
         typer.echo(push(folder / "student" if of_a_run else folder, target, private=hidden))
-
-
-@contextmanager
-def guarded(debug: bool = False) -> Iterator[None]:
-    """Report errors in one line: exit code 2 for errors of input, 1 for those of the library."""
-    silence_libraries()
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except (InputError, KeyboardInterrupt, Exception) as error:
-        if debug and not isinstance(error, KeyboardInterrupt):
-            raise
-        _fail(error)
-    # Without this, DeepSpeed on the CPU aborts at exit, and sometimes gloo's threads do. DDP
-    # wrappers in reference cycles hold them and have to be freed first.
-    import torch
-
-    gc.collect()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _fail(error: BaseException) -> NoReturn:
-    """Print the error once and exit. Of several processes that fail alike, the first one prints."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # The launcher ends this process as soon as the first one has ended with the same error.
-        time.sleep(5)
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # so that the message begins a line
-    where = f" (process {rank})" if rank else ""
-    message, code = _described(error)
-    typer.echo(f"error{where}: {message}", err=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # No clean-up: it would wait for the other processes for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
-
-
-def _described(error: BaseException) -> tuple[str, int]:
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text, 2
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on from here", 130
-    return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 1
 
 
 def _print_version(wanted: bool) -> None:

@@ -272,6 +272,7 @@ def _prefix_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any
 ) -> dict[str, Any]:
+    """A conversation by the chat template, as ids; InputError if the template refuses it."""
     try:
         encoded = tokenizer.apply_chat_template(
             messages,

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_distill import __version__
-from hf_distill.cli import commands as cli
+from hf_distill.cli import exit_codes
 from hf_distill.training.trainer import DistillationTrainer
 
 COMMANDS = ("run", "evaluate", "report", "publish")
@@ -199,7 +199,7 @@ def test_interrupted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(exit_codes.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
     done = invoke("run", recipe, "--set", "x=1")
     assert waited == [5]  # in which the launcher ends it, if the first process fails as well
