@@ -74,8 +74,8 @@ def test_offloaded_equals_replicated(
     ]
 
 
-def test_one_process_has_nobody_to_share_with(
+def test_one_process_has_nothing_to_shard_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained(tmp_path, "sharded")
-    assert "of one process: there is nobody to share with" in capsys.readouterr().out
+    assert "one process: there is nothing to shard over" in capsys.readouterr().out
