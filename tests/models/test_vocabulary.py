@@ -26,7 +26,8 @@ def test_same_size_but_other_tokens_names_the_first(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     trained = tiny_tokenizer.train_new_from_iterator(["zzzz yyyy zzzz"] * 9, len(tiny_tokenizer))
-    with pytest.raises(InputError, match=r"id \d+ is '.*' for the student and '.*' for the teacher"):
+    message = r"id \d+ is '.*' for the student and '.*' for the teacher"
+    with pytest.raises(InputError, match=message):
         shared_vocabulary(300, 300, tiny_tokenizer, trained)
 
 
