@@ -66,6 +66,8 @@ def make_trainer(folder: Path, case: str, processes: int, **options: Any) -> Dis
         given = model
     elif teacher_kind == "copy":  # what "itself" has to equal
         given = small_model(0, architecture)
+    elif teacher_kind == "stream":  # a live teacher, and rows that are read one by one
+        data = data.to_iterable_dataset()
     else:
         placement = teacher_kind
     return DistillationTrainer(

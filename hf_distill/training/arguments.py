@@ -113,6 +113,10 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.check_ranges()
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # Each process reads its own rows of a stream. accelerate's default, one process that
+            # joins the batches of all, fails where batches are padded to different widths.
+            self.accelerator_config.dispatch_batches = False
         self._refuse_unsupported()
 
     def model_kwargs(self, role: str) -> dict[str, Any]:

@@ -28,12 +28,12 @@ ALL = [f"gpt2-{s}-{t}" for s in STUDENTS for t in TEACHERS] + ["gpt2-lora-itself
 UNTIED = [f"llama-{s}-{t}" for s in STUDENTS for t in ("replicated", "sharded")]
 
 SLICE = {
-    "ddp": ["gpt2-full-sharded", "gpt2-lora-itself"],
+    "ddp": ["gpt2-full-sharded", "gpt2-lora-itself", "gpt2-full-stream"],
     "zero3": ["gpt2-full-sharded", "gpt2-full-recorded", "gpt2-lora-itself"],
     "fsdp": ["llama-full-sharded", "gpt2-lora-replicated"],
 }
 GRID = {
-    "ddp": ALL,
+    "ddp": [*ALL, "gpt2-full-stream"],
     "zero1": ALL,
     "zero2": ALL,
     "zero3": [*ALL, *UNTIED],
