@@ -113,10 +113,11 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.check_ranges()
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
+        loading: Any = self.accelerator_config  # post-init has read any dictionary or JSON file
+        if loading.dispatch_batches is None:
             # Each process reads its own rows of a stream. accelerate's default, one process that
             # joins the batches of all, fails where batches are padded to different widths.
-            self.accelerator_config.dispatch_batches = False
+            loading.dispatch_batches = False
         self._refuse_unsupported()
 
     def model_kwargs(self, role: str) -> dict[str, Any]:
