@@ -11,7 +11,9 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from hf_distill.data import hashing
+from hf_distill.data.collect import COLUMNS, FEATURES
 from hf_distill.data.config import CleanConfig, Format
+from hf_distill.data.forms import joined_messages
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 
@@ -63,8 +65,7 @@ def examine(
     ``_repaired``, ``_stripped``, ``_signature`` (MinHash; zeros where it is not needed)
     """
     features = Features({column: rows.features[column] for column in rows.column_names} | _NOTES)
-    if name == "chat":
-        features["messages"] = List({"role": Value("string"), "content": Value("string")})
+    features |= dict.fromkeys(COLUMNS[name], FEATURES[name])
     return rows.map(
         _examine_batch,
         batched=True,
@@ -82,13 +83,16 @@ def row_text(row: Row, name: Format) -> str:
         return row["text"]
     if name == "prompt_completion":
         return f"{row['prompt']}\n{row['completion']}"
-    return "\n".join(message["content"] for message in row["messages"])
+    messages = row["messages"] if name == "chat" else joined_messages(row)
+    return "\n".join(message["content"] for message in messages)
 
 
 def learnt_text(row: Row, name: Format) -> str:
     """What a model is trained to write: the completion, or the assistant's turns."""
     if name == "prompt_completion":
         return row["completion"]
+    if name == "chat_completion":
+        return "\n".join(turn["content"] for turn in row["completion"])
     turns = (turn["content"] for turn in row["messages"] if turn["role"] == "assistant")
     return "\n".join(turns)
 
@@ -122,12 +126,13 @@ def _examine_row(row: Row, name: Format, clean: CleanConfig) -> dict[str, Any]:
         return _repair(text or "", clean, done.add)
 
     fixed: dict[str, Any]
-    if name == "chat":
-        turns = row["messages"] or []
+    if name in ("chat", "chat_completion"):
         fixed = {
-            "messages": [
-                {"role": turn["role"] or "", "content": repair(turn["content"])} for turn in turns
+            column: [
+                {"role": turn["role"] or "", "content": repair(turn["content"])}
+                for turn in row[column] or []
             ]
+            for column in COLUMNS[name]
         }
     else:
         fixed = {column: repair(value) for column, value in row.items()}

@@ -10,20 +10,28 @@ from typing import Any, cast
 
 import datasets
 import fsspec
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from hf_distill.data.config import DataConfig, Format
-from hf_distill.data.forms import find_form, is_conversation, joined_messages, known_forms
+from hf_distill.data.forms import FORMS, find_form
 from hf_distill.data.sources import delimiter_of, find_files, hub_id, kind_of
 from hf_distill.errors import InputError
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
+    "chat_completion": ("prompt", "completion"),
     "chat": ("messages",),
 }
-_MESSAGE = {"role": Value("string"), "content": Value("string")}
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+FEATURES: dict[Format, Any] = {
+    "text": Value("string"),
+    "prompt_completion": Value("string"),
+    "chat_completion": _MESSAGES,
+    "chat": _MESSAGES,
+}  # of each column
+_TEXT = ("string", "large_string")
 _READ = 1 << 20
 
 
@@ -62,6 +70,7 @@ def collect(
 def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, Format, str]:
     """The columns that the format needs, under their agreed names; all others are left out.
 
+    Columns that the config names must be there. Otherwise the known forms are tried in their order.
     returns: the rows, their format, and the conversion as text, "" where nothing was converted
     """
     given: dict[Format, tuple[str, ...]] = {
@@ -71,54 +80,76 @@ def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, F
     }
     wanted = given if config.format == "auto" else {config.format: given[config.format]}
     renamed = {name: columns for name, columns in wanted.items() if columns != COLUMNS[name]}
-    for name, columns in (renamed or wanted).items():
+    for name, columns in renamed.items():
         if set(columns) <= set(rows.column_names):
             rows = rows.select_columns(list(columns))
             new = dict(zip(columns, COLUMNS[name], strict=True))
             rows = rows.rename_columns({old: to for old, to in new.items() if old != to})
             return _finished(rows, name, where, "")
-    form = find_form(rows.column_names)
-    if form is None or (config.format not in ("auto", form.format)):
-        looked = " or ".join(" + ".join(columns) for columns in wanted.values())
-        raise InputError(
-            f"{where} has the columns {', '.join(rows.column_names)} but not {looked}, nor those "
-            f"of another known form ({known_forms()}): set data.text_column, data.prompt_column "
-            "and data.completion_column, or data.messages_column"
-        )
+    only = None if config.format == "auto" else config.format
+    form = None if renamed else find_form(rows.column_names, only)
+    if form is None:
+        raise InputError(_unknown_columns(rows.column_names, renamed, only, where))
+    mapping = form.described(rows.column_names)
     rows = rows.select_columns(form.present(rows.column_names))
     if form.convert is not None:
-        rows = rows.map(form.convert, batched=True, remove_columns=rows.column_names)
-    return _finished(rows, form.format, where, form.mapping)
+        try:
+            rows = rows.map(
+                form.read,
+                batched=True,
+                remove_columns=rows.column_names,
+                features=Features(dict.fromkeys(COLUMNS[form.format], FEATURES[form.format])),
+                num_proc=config.num_proc,
+            )
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return _finished(rows, form.format, where, mapping)
+
+
+def _unknown_columns(
+    names: list[str], renamed: dict[Format, tuple[str, ...]], only: Format | None, where: str
+) -> str:
+    listed = f"{where} has the columns {', '.join(names)}"
+    if renamed:
+        looked = " or ".join(" + ".join(columns) for columns in renamed.values())
+        return f"{listed} but not {looked}, which data names: correct data.*_column"
+    forms = [form for form in FORMS if only is None or form.format == only]
+    known = ", ".join(" + ".join(form.columns) for form in forms)
+    return (
+        f"{listed} but not those of a known form ({known}): set data.text_column, "
+        "data.prompt_column and data.completion_column, or data.messages_column"
+    )
 
 
 def _finished(rows: Dataset, name: Format, where: str, mapping: str) -> tuple[Dataset, Format, str]:
-    """Conversational prompts and completions become messages; types are checked."""
-    if name == "prompt_completion" and len(rows) and is_conversation(rows[0]["prompt"]):
-        rows = rows.map(joined_messages, batched=True, remove_columns=rows.column_names)
-        return _typed(rows, "chat", where), "chat", "prompt + completion -> messages"
-    return _typed(rows, name, where), name, mapping
-
-
-def _typed(rows: Dataset, name: Format, where: str) -> Dataset:
-    if name == "chat":
-        feature: Any = rows.features["messages"]
-        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-        if not isinstance(inner, dict) or not set(_MESSAGE) <= set(inner):
-            raise InputError(
-                f"{where}: messages must be a list of {{role, content}}, not {feature}"
-            )
-        return rows
+    """The rows with checked types; conversational prompts and completions have their own format."""
     columns = COLUMNS[name]
+    if name == "prompt_completion" and not any(
+        isinstance(rows.features[column], Value) for column in columns
+    ):
+        name = "chat_completion"
+    if name in ("chat", "chat_completion"):
+        for column in columns:
+            _check_messages(rows.features[column], f"{where}: {column}")
+        return rows, name, mapping
     for column in columns:
         dtype = getattr(rows.features[column], "dtype", None)
-        if dtype not in ("string", "large_string"):
+        if dtype not in _TEXT:
             raise InputError(
                 f"{where}: column {column!r} holds {dtype or rows.features[column]}, not text: "
                 "name the column that holds the text"
             )
     # Files may disagree between string and large_string; they must agree to be concatenated.
     wanted = Features({column: Value("string") for column in columns})
-    return rows if rows.features == wanted else rows.cast(wanted)
+    return (rows if rows.features == wanted else rows.cast(wanted)), name, mapping
+
+
+def _check_messages(feature: Any, what: str) -> None:
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    if not isinstance(inner, dict) or not {"role", "content"} <= set(inner):
+        raise InputError(f"{what} must be a list of {{role, content}}, not {feature}")
+    if getattr(inner["content"], "dtype", None) not in (*_TEXT, "null"):
+        raise InputError(f"{what} must have text as content, not {inner['content']}")
 
 
 def _reader(file: Path) -> tuple[str, str]:
@@ -137,7 +168,8 @@ def _from_files(
     if kind == "text":
         options["sample_by"] = config.rows
     elif kind == "csv":
-        options["sep"] = delimiter
+        # Otherwise a delimiter at the end of rows makes their first value an index.
+        options |= {"sep": delimiter, "index_col": False}
     try:
         return _load(kind, files, work_dir, num_proc=config.num_proc, **options)
     # Whatever a reader raises on a damaged file: the type depends on format and compression.

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Format = Literal["text", "prompt_completion", "chat"]
+# What rows are. Prompts and completions that are lists of messages are chat_completion: of these
+# rows only the completion's messages are learnt.
+Format = Literal["text", "prompt_completion", "chat_completion", "chat"]
 
 
 class CleanConfig(BaseModel):
@@ -64,9 +66,9 @@ class DataConfig(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
 
-    format: Literal["auto"] | Format = "auto"
-    """What the columns hold; ``auto`` looks for the messages, prompt and completion, text
-    columns, in this order."""
+    format: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
+    """What the columns hold; ``auto`` takes the first form of docs/data.md whose columns are
+    there."""
     text_column: str = "text"
     prompt_column: str = "prompt"
     completion_column: str = "completion"

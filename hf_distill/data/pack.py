@@ -136,7 +136,7 @@ class _Packer:
 
 def pack_batch(
     batch: Mapping[str, Sequence[Any]], max_length: int, whole: bool, within: bool
-) -> dict[str, list[Ints]]:
+) -> dict[str, list[list[int]]]:
     """One batch of rows packed by itself, as a stream needs it; see ``pack``."""
     filler: Filler = Fitter(max_length) if whole else Splitter(max_length)
     blocks: list[Block] = []
@@ -146,7 +146,7 @@ def pack_batch(
     blocks += filler.flush()
     rows = [row for block in blocks if (row := join(block, within))]
     names = ["input_ids", "labels", *(["position_ids"] if within else [])]
-    return {name: [row[name] for row in rows] for name in names}
+    return {name: [row[name].tolist() for row in rows] for name in names}
 
 
 def documents(table: pa.Table) -> Iterator[Piece]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data.chat import Annotated, assistant_turns, render
 from hf_distill.data.clean import iterate
+from hf_distill.data.config import Format
 from hf_distill.data.deduplicate import column
-from hf_distill.data.forms import Form, find_form, is_conversation, joined_messages
+from hf_distill.data.forms import Form, find_form, has_target, is_list, joined_messages
 from hf_distill.data.pack import pack, pack_batch
 from hf_distill.data.tokenize import (
     CUT,
@@ -19,26 +22,32 @@ from hf_distill.data.tokenize import (
     FEATURES,
     NOTES,
     VERSION,
-    Annotated,
     annotate,
     check_tokenizer,
-    render,
     windows,
 )
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 
-WHAT = {"text": "text", "prompt_completion": "prompt/completion", "chat": "messages"}
+WHAT = {
+    "text": "text",
+    "prompt_completion": "prompt/completion",
+    "chat_completion": "conversational prompt/completion",
+    "chat": "messages",
+}
+_HEAD = 100  # rows of a stream that are read to find its columns
+
+Rows: TypeAlias = Dataset | IterableDataset
 
 
-def is_raw(rows: Dataset | IterableDataset) -> bool:
+def is_raw(rows: Rows) -> bool:
     """Whether rows are of a known raw form; False where they have ``input_ids``, or neither."""
     names = _names(rows)
     return "input_ids" not in names and find_form(names) is not None
 
 
 def tokenize_raw_rows(
-    rows: Dataset | IterableDataset,
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -46,68 +55,70 @@ def tokenize_raw_rows(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     keep: Sequence[str] = (),
-) -> tuple[Dataset | IterableDataset, str]:
+    num_proc: int | None = None,
+) -> tuple[Rows, str]:
     """Token ids and labels of raw rows.
 
-    rows: with the columns of one of ``data.forms.FORMS``; a stream is tokenized as it is read
+    rows: with the columns of one of ``data.FORMS``; a stream is tokenized as it is read
     max_length: tokens of a row, at most. Longer text goes on in further rows; other rows are cut at
         the end, and dropped if that leaves nothing to learn
     packing: fill rows of ``max_length`` tokens with several documents; of a stream, a thousand
         documents at a time
     completion_only_loss: learn completions only; None for True where rows have completions
-    assistant_only_loss: learn the assistant's turns of messages only
+    assistant_only_loss: learn the assistant's turns only; of conversational prompts and completions
+        those in the completion
     keep: further columns to carry along, one number a row
+    num_proc: processes that tokenize a ``Dataset``
     returns: rows with ``input_ids`` and ``labels`` (and ``position_ids`` where packed documents
         must not see each other), and one line that says what was done
     raises: InputError for options that do not fit the rows, or a tokenizer that does not
     """
+    if max_length < 2:
+        raise InputError(f"max_length is {max_length}, but a target needs at least 2 tokens")
     names = _names(rows)
+    if not names or (isinstance(rows, Dataset) and not len(rows)):
+        raise InputError("the data set has no rows: give rows to tokenize")
     form = find_form(names)
     if form is None:
         raise InputError(f"rows with the columns {', '.join(names)} are of no known raw form")
-    kept = [name for name in keep if name in names]
-    if packing and kept:
-        raise InputError(
-            f"packing puts several rows into one, which cannot keep {kept[0]!r}: set packing=False"
-        )
-    talks = _is_conversational(rows, form)
-    _check_options(form, completion_only_loss, assistant_only_loss, talks)
-    check_tokenizer(tokenizer, max_length, chat=talks, what="max_length")
-    learn = "all"
-    if form.format == "prompt_completion" and completion_only_loss is not False:
-        learn = "completions"
-    elif assistant_only_loss:
-        learn = "the assistant's turns"
-    whole = form.format != "text"
+    kept = _kept(rows, [name for name in keep if name in names], packing)
+    name = _format(rows, form)
+    _check_options(form, name, completion_only_loss, assistant_only_loss)
+    check_tokenizer(tokenizer, max_length, chat=_is_chat(name), what="max_length")
+    pairs = name in ("prompt_completion", "chat_completion")
     settings = {
-        "tokenizer": tokenizer, "columns": form.present(names), "kept": kept,
-        "max_length": max_length, "learn": learn, "cut": whole or not packing, "version": VERSION,
+        "tokenizer": tokenizer, "columns": list(form.columns), "kept": kept, "name": name,
+        "max_length": max_length, "cut": name != "text" or not packing,
+        "completions": pairs and completion_only_loss is not False, "turns": assistant_only_loss,
+        "version": VERSION,
     }  # fmt: skip
     if isinstance(rows, IterableDataset):
-        tokens, counted = _of_stream(rows, settings, packing, whole), ""
+        tokens, counted = _of_stream(rows, [*names, *form.optional], settings, packing), ""
     else:
-        tokens, counted = _of_dataset(rows, settings, packing, whole)
-    number = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
-    mapping = f" ({form.mapping})" if form.mapping else ""
-    line = f"{number} of {WHAT[form.format]}{mapping} tokenized, at most {max_length} tokens a row"
-    line += ", packed" if packing else ""
-    return tokens, f"{line}, loss on {'all tokens' if learn == 'all' else learn}{counted}"
+        tokens, counted = _of_dataset(rows, settings, packing, num_proc)
+    number = "a stream"
+    if isinstance(rows, Dataset):
+        number = f"{len(rows):,} row{'s' if len(rows) > 1 else ''}"
+    mapping = form.described(names)
+    line = f"{number} of {WHAT[name]}{f' ({mapping})' if mapping else ''} tokenized, at most "
+    line += f"{max_length} tokens a row{', packed' if packing else ''}, loss on {_learnt(settings)}"
+    return tokens, line + counted
 
 
 def _of_dataset(
-    rows: Dataset, settings: dict[str, Any], packing: bool, whole: bool
+    rows: Dataset, settings: dict[str, Any], packing: bool, num_proc: int | None
 ) -> tuple[Dataset, str]:
-    kept = {name: rows.features[name] for name in settings["kept"]}
     noted = rows.map(
         _tokenize_batch,
         batched=True,
         batch_size=200,
         fn_kwargs=settings,
         remove_columns=rows.column_names,
-        features=Features(FEATURES | NOTES | kept),
+        features=Features(FEATURES | NOTES | _weights(settings)),
+        num_proc=num_proc,
         desc="tokenize",
     )
-    state = column(noted, "_state") if len(noted) else np.zeros(0)
+    state = column(noted, "_state")
     dropped, cut = int((state == DROPPED).sum()), int((state == CUT).sum())
     tokens = noted.remove_columns(list(NOTES))
     if dropped:
@@ -117,6 +128,7 @@ def _of_dataset(
             f"no row has anything to learn within {settings['max_length']} tokens: raise "
             "max_length, or check which tokens the loss is on"
         )
+    whole = settings["name"] != "text"
     if packing:
         tokens, _ = pack(tokens, "rows", settings["max_length"], whole=whole, within=whole)
     counted = f"; {cut:,} {'cut' if whole else 'windows of longer rows'}" if cut else ""
@@ -124,20 +136,20 @@ def _of_dataset(
 
 
 def _of_stream(
-    rows: IterableDataset, settings: dict[str, Any], packing: bool, whole: bool
+    rows: IterableDataset, names: list[str], settings: dict[str, Any], packing: bool
 ) -> IterableDataset:
-    kept = {name: Value("float64") for name in settings["kept"]}
-    names = _names(rows)
+    found = Features(FEATURES | _weights(settings))
     tokens = rows.map(
         _tokenize_stream,
         batched=True,
         batch_size=200,
         fn_kwargs=settings,
         remove_columns=names,
-        features=Features(FEATURES | kept),
-    )
+        features=found,
+    ).select_columns(list(found))  # columns that only later rows have are left out
     if not packing:
         return tokens
+    whole = settings["name"] != "text"
     features = dict(FEATURES) | ({"position_ids": FEATURES["labels"]} if whole else {})
     return tokens.map(
         pack_batch,
@@ -165,87 +177,119 @@ def _tokenize_batch(
     tokenizer: PreTrainedTokenizerBase,
     columns: list[str],
     kept: list[str],
+    name: Format,
     max_length: int,
-    learn: str,
     cut: bool,
+    completions: bool,
+    turns: bool,
     version: int,
 ) -> dict[str, list[Any]]:
     form = find_form(columns)
     assert form is not None
-    given = {name: batch[name] for name in columns}
-    rows = given if form.convert is None else form.convert(given)
-    annotated = _annotated(rows, form, tokenizer, learn)
-    found: dict[str, list[Any]] = {name: [] for name in (*FEATURES, *NOTES, *kept)}
-    for number, one in enumerate(annotated):
-        parts = windows(one, max_length, text=form.format == "text", cut=cut)
-        for part in parts:
-            for name, value in part.items():
-                found[name].append(value)
-            for name in kept:
-                found[name].append(batch[name][number])
+    rows = form.read(batch, chat=_is_chat(name))
+    usable = [has_target(row) for row in iterate(rows)]
+    full = {key: [v for v, use in zip(rows[key], usable, strict=True) if use] for key in rows}
+    annotated = iter(
+        _annotated(full, tokenizer, name, form, completions, turns) if any(usable) else ()
+    )
+    found: dict[str, list[Any]] = {key: [] for key in (*FEATURES, *NOTES, *kept)}
+    for number, use in enumerate(usable):
+        one: Annotated = next(annotated) if use else ([], [])
+        for part in windows(one, max_length, text=name == "text", cut=cut):
+            for key, value in part.items():
+                found[key].append(value)
+            for key in kept:
+                found[key].append(batch[key][number])
     return found
 
 
 def _annotated(
-    rows: Mapping[str, Sequence[Any]], form: Form, tokenizer: PreTrainedTokenizerBase, learn: str
+    rows: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: Format,
+    form: Form,
+    completions: bool,
+    turns: bool,
 ) -> list[Annotated]:
-    if form.format == "prompt_completion" and _talks(rows):
-        return [_completed(tokenizer, row, learn) for row in iterate(rows)]
-    if form.format == "chat" and learn == "all":
-        whole = [render(tokenizer, messages)["input_ids"] for messages in rows["messages"]]
-        return [(ids, list(ids)) for ids in whole]
+    """Ids and labels of rows that hold a target.
+
+    completions, turns: learn these only; both, what is in both; neither, all tokens
+    """
+    whole = [*rows["messages"]] if name == "chat" else []
+    if name == "chat_completion":
+        whole = [joined_messages(row) for row in iterate(rows)]
+    of_turns = [assistant_turns(tokenizer, messages) for messages in whole] if turns else []
+    if turns and not completions:
+        return of_turns
+    if whole and not completions:
+        ids = [render(tokenizer, messages)["input_ids"] for messages in whole]
+        return [(one, list(one)) for one in ids]
     # Prompt and completion stand as they are; what was converted needs a border between them.
-    separator = "\n" if form.convert is not None else ""
-    found = annotate(rows, tokenizer, form.format, separator)
-    return [(ids, list(ids)) for ids, _ in found] if learn == "all" else found
+    found = annotate(rows, tokenizer, name, "\n" if form.convert is not None else "")
+    if turns:
+        return [
+            (one[0], _both(one[1], other[1])) for one, other in zip(found, of_turns, strict=True)
+        ]
+    return found if completions else [(ids, list(ids)) for ids, _ in found]
 
 
-def _completed(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], learn: str) -> Annotated:
-    """A conversational prompt with its completion, rendered as one conversation."""
-    (messages,) = joined_messages({name: [value] for name, value in row.items()})["messages"]
-    ids = render(tokenizer, messages)["input_ids"]
-    if learn == "all":
-        return ids, list(ids)
-    prompt = render(tokenizer, list(row["prompt"]), add_generation_prompt=True)["input_ids"]
-    if ids[: len(prompt)] != prompt:
-        raise InputError(
-            "the chat template renders a prompt in another way when a completion follows, so that "
-            "the completion's tokens cannot be found: use a template that only appends, or "
-            "completion_only_loss=False"
-        )
-    return ids, [IGNORE] * len(prompt) + ids[len(prompt) :]
+def _both(labels: list[int], others: list[int]) -> list[int]:
+    pairs = zip(labels, others, strict=True)
+    return [label if other != IGNORE else IGNORE for label, other in pairs]
+
+
+def _learnt(settings: dict[str, Any]) -> str:
+    if settings["turns"]:
+        return f"the assistant's turns{' of completions' if settings['completions'] else ''}"
+    return "completions" if settings["completions"] else "all tokens"
 
 
 def _check_options(
-    form: Form, completion_only: bool | None, assistant_only: bool, talks: bool
+    form: Form, name: Format, completion_only: bool | None, assistant_only: bool
 ) -> None:
+    columns = " and ".join(form.columns)
     if completion_only and form.format != "prompt_completion":
         raise InputError(
-            f"completion_only_loss is True, but the rows have {' and '.join(form.columns)}, not "
-            "prompt and completion: leave it out"
+            f"completion_only_loss is True, but the rows have {columns}, not prompt and "
+            "completion: leave it out"
         )
-    if assistant_only and form.format != "chat":
-        kind = "conversational prompts and completions" if talks else " and ".join(form.columns)
+    if assistant_only and not _is_chat(name):
         raise InputError(
-            f"assistant_only_loss is True, but the rows have {kind}, not messages: leave it out"
+            f"assistant_only_loss is True, but the rows have {columns}, not messages: leave it out"
         )
 
 
-def _is_conversational(rows: Dataset | IterableDataset, form: Form) -> bool:
-    if form.format == "chat":
-        return True
-    first = next(iter(rows), None)
-    if form.columns != ("prompt", "completion") or first is None:
-        return False
-    return is_conversation(first["prompt"])
+def _kept(rows: Rows, names: list[str], packing: bool) -> list[str]:
+    """The names, after a check that these columns can be kept."""
+    if packing and names:
+        raise InputError(
+            f"packing puts several rows into one, which cannot keep {names[0]!r}: set packing=False"
+        )
+    for name in names:
+        dtype = getattr((rows.features or {}).get(name), "dtype", "float64")
+        if not dtype.startswith(("float", "int", "uint", "bool")):
+            raise InputError(f"column {name!r} holds {dtype}, but must hold a number a row")
+    return names
 
 
-def _talks(rows: Mapping[str, Sequence[Any]]) -> bool:
-    return bool(rows["prompt"]) and is_conversation(rows["prompt"][0])
+def _weights(settings: dict[str, Any]) -> dict[str, Value]:
+    return {name: Value("float64") for name in settings["kept"]}
 
 
-def _names(rows: Dataset | IterableDataset) -> list[str]:
-    """The columns; of a stream that does not know them, those of its first row."""
+def _is_chat(name: Format) -> bool:
+    return name in ("chat", "chat_completion")
+
+
+def _format(rows: Rows, form: Form) -> Format:
+    """The format of the rows; ``chat_completion`` if prompts and completions are lists."""
+    if form.columns != ("prompt", "completion"):
+        return form.format
+    first: Mapping[str, Any] = next((row for row in rows if row.get("completion") is not None), {})
+    return "chat_completion" if is_list(first.get("completion")) else form.format
+
+
+def _names(rows: Rows) -> list[str]:
+    """The columns; of a stream that does not know them, those of its first rows."""
     if rows.column_names is not None:
         return list(rows.column_names)
-    return list(next(iter(rows), {}))
+    return list({name: None for row in islice(rows, _HEAD) for name in row})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import io
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -25,7 +27,9 @@ _KINDS = {
     ".parquet": "parquet",
 }
 _DELIMITERS = ",;\t|"
-_HEAD = 1 << 16
+_NO_DELIMITER = "\x1f"  # the unit separator
+_HEAD = 1 << 20
+_ROWS = 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _TEXT = (".txt", ".text", ".md", ".rst", ".py")
 
@@ -38,24 +42,48 @@ def kind_of(path: Path) -> str:
 def delimiter_of(path: Path) -> str:
     """The delimiter of a CSV file: comma, semicolon, tab or bar.
 
-    It is the one that gives the first rows equally many columns, and more than one; a comma if none
-    does.
+    It is the one that splits the header and gives the most of the first rows as many values. Where
+    there is none, the file has one column; the answer is then a character that no text holds, so
+    that a comma in the text does not split it.
+    raises: InputError if a row has more values than the header
     """
-    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", newline="") as file:
-        head = file.read(_HEAD)
-    if len(head) == _HEAD:
-        head = head[: head.rfind("\n") + 1]
-    found = {}
+    try:
+        with fsspec.open(
+            str(path), "rt", compression="infer", encoding="utf-8-sig", newline=""
+        ) as file:
+            head = file.read(_HEAD)
+    # Decompressors each raise their own types. The reader of the rows reports damaged files.
+    except Exception:
+        return ","
+    best, fitting = _NO_DELIMITER, 0
     for delimiter in _DELIMITERS:
-        try:
-            rows = [row for row in csv.reader(io.StringIO(head), delimiter=delimiter) if row][:20]
-        except csv.Error:
+        rows = _first_rows(head, delimiter)
+        if len(rows[0]) < 2:
             continue
-        widths = {len(row) for row in rows}
-        if len(widths) == 1:
-            found[delimiter] = widths.pop()
-    best = max(found, key=lambda delimiter: found[delimiter], default=",")
-    return best if found.get(best, 1) > 1 else ","
+        fits = sum(len(row) == len(rows[0]) for row in rows[1:])
+        if fits > fitting or (best == _NO_DELIMITER and len(rows) == 1):
+            best, fitting = delimiter, fits
+    if best != _NO_DELIMITER:
+        rows = _first_rows(head, best)
+        for number, row in enumerate(rows[1:], start=2):
+            if len(row) > len(rows[0]):
+                raise InputError(
+                    f"{path}: row {number} has {len(row)} values, but the header has "
+                    f"{len(rows[0])} (separated by {best!r}): quote values that hold {best!r}"
+                )
+    return best
+
+
+def _first_rows(head: str, delimiter: str) -> list[list[str]]:
+    """The header and the next rows, without empty values that a row has beyond the header."""
+    reader = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)
+    rows: list[list[str]] = []
+    with contextlib.suppress(csv.Error):  # a value that is too long for the module
+        rows.extend(row for row in itertools.islice(reader, _ROWS) if row)
+    if len(head) == _HEAD and len(rows) > 1 and len(rows) < _ROWS:
+        rows.pop()  # the end of the head cuts it
+    width = len(rows[0]) if rows else 0
+    return [row[:width] if not any(row[width:]) else row for row in rows] or [[]]
 
 
 def expand(place: str) -> str:

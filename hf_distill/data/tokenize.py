@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import jinja2
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data.chat import Annotated, assistant_turns, completion_of, template
 from hf_distill.data.clean import iterate
 from hf_distill.data.collect import COLUMNS
 from hf_distill.data.config import DataConfig, Format
@@ -22,10 +21,8 @@ from hf_distill.losses.targets import IGNORE
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 _UNLIMITED = 10**9  # tokenizers without a limit report a huge number
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 WHOLE, CUT, DROPPED = 0, 1, 2  # the state of a row
 
-Annotated = tuple[list[int], list[int]]  # ids and labels of one row
 FEATURES = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 NOTES = {"_state": Value("uint8"), "_tokens": Value("int32"), "_targets": Value("int32")}
 
@@ -44,7 +41,8 @@ def tokenize_rows(
     raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
     """
     name = _format(rows)
-    check_tokenizer(tokenizer, config.max_length, chat=name == "chat", what="data.max_length")
+    chat = name in ("chat", "chat_completion")
+    check_tokenizer(tokenizer, config.max_length, chat=chat, what="data.max_length")
     splits: dict[str, Dataset] = {}
     for split, part in rows.items():
         annotated, step = _annotated(part, split, tokenizer, config, name)
@@ -77,14 +75,14 @@ def annotate(
     text: all tokens are learnt, the end-of-text token after each document too
     prompt_completion: the completion and the end-of-text token after it; the ids of the prompt
         alone are an exact prefix, as in generation
-    chat: the assistant's turns, as far as the template marks them (``{% generation %}``), else
-        from the generation prompt to the end of the turn
-    raises: InputError for a chat template that neither marks them nor grows by appending
+    chat: the assistant's turns; see ``chat.assistant_turns``
+    chat_completion: everything after the prompt and its generation prompt
+    raises: InputError for a chat template by which they cannot be found
     """
+    if name == "chat_completion":
+        return [completion_of(tokenizer, row) for row in iterate(batch)]
     if name == "chat":
-        marked = bool(_GENERATION.search(_template(tokenizer)))
-        chat = _marked_chat if marked else _prefix_chat
-        return [chat(tokenizer, messages) for messages in batch["messages"]]
+        return [assistant_turns(tokenizer, messages) for messages in batch["messages"]]
     prefix, end = _prefix(tokenizer), [tokenizer.eos_token_id]
     if name == "text":
         whole = [prefix + ids + end for ids in _ids(tokenizer, batch["text"])]
@@ -169,7 +167,7 @@ def windows(row: Annotated, max_length: int, *, text: bool, cut: bool) -> list[d
     ids, labels = row
     length = max_length if cut else max(len(ids), 1)
     found = []
-    for start in range(0, len(ids), length) if text else (0,):
+    for start in range(0, max(len(ids), 1), length) if text else (0,):
         window = slice(start, start + length)
         targets = sum(label != IGNORE for label in labels[window][1:])
         state = DROPPED if not targets else CUT if len(ids) > length else WHOLE
@@ -186,11 +184,14 @@ def windows(row: Annotated, max_length: int, *, text: bool, cut: bool) -> list[d
 
 
 def _format(rows: DatasetDict) -> Format:
-    columns = set(rows["train"].column_names)
+    features = rows["train"].features
     for name, wanted in COLUMNS.items():
-        if set(wanted) <= columns:
-            return name
-    raise InputError(f"rows with the columns {sorted(columns)} cannot be tokenized: use clean_rows")
+        if set(wanted) <= set(features):
+            talks = not any(isinstance(features[column], Value) for column in wanted)
+            return "chat_completion" if name == "prompt_completion" and talks else name
+    raise InputError(
+        f"rows with the columns {sorted(features)} cannot be tokenized: use clean_rows"
+    )
 
 
 def check_tokenizer(
@@ -201,7 +202,7 @@ def check_tokenizer(
     what: the name of the setting that gives max_length, for the message
     """
     if chat:
-        _template(tokenizer)
+        template(tokenizer)
     elif tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token, so documents cannot end: set one")
     limit = tokenizer.model_max_length
@@ -232,59 +233,3 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _glue(prompt: str, completion: str, separator: str) -> str:
     spaced = not prompt or prompt[-1].isspace() or completion[:1].isspace()
     return "" if spaced else separator
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError(
-            "the rows are chat, but the tokenizer has no chat template: use a chat model's "
-            "tokenizer, or set tokenizer.chat_template"
-        ) from error
-
-
-def _marked_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
-    encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
-    ids = encoded["input_ids"]
-    pairs = zip(ids, encoded["assistant_masks"], strict=True)
-    return ids, [token if learnt else IGNORE for token, learnt in pairs]
-
-
-def _prefix_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Annotated:
-    ids = render(tokenizer, messages)["input_ids"]
-    labels = [IGNORE] * len(ids)
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:place], add_generation_prompt=True)["input_ids"]
-        after = render(tokenizer, messages[: place + 1])["input_ids"]
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise InputError(
-                "the chat template does not mark the assistant's tokens, and its first "
-                f"{place + 1} messages are not a prefix of all {len(messages)}, so they cannot be "
-                "found: use a template with {% generation %} around the assistant's turns"
-            )
-        labels[len(before) : len(after)] = ids[len(before) : len(after)]
-    return ids, labels
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any
-) -> dict[str, Any]:
-    """A conversation by the chat template, as ids; InputError if the template refuses it."""
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},
-            **options,
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages) or "nothing"
-        raise InputError(
-            f"the chat template refuses a conversation of {roles} ({error}): "
-            "mend or leave out such rows"
-        ) from error
-    return cast(dict[str, Any], encoded)

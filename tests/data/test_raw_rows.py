@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset
 
-from hf_distill.data import DataConfig, clean_rows, is_raw, tokenize_raw_rows
-from hf_distill.data.sources import delimiter_of
+from hf_distill.data import is_raw, tokenize_raw_rows
 from hf_distill.errors import InputError
 
 EOS = 0
@@ -101,16 +99,47 @@ def by_hand(tokenizer: Any) -> list[tuple[str, dict[str, Any], dict[str, Any], d
         ),
         ("sharegpt", {"conversations": TURNS}, {}, {"input_ids": whole, "labels": whole}),
         (
-            "conversational",
-            {"prompt": [USER], "completion": [ANSWER]},
+            "conversations of roles",
+            {"conversations": [USER, ANSWER]},
             {},
-            masked(prompt, whole[len(prompt) :]),
+            {"input_ids": whole, "labels": whole},
         ),
+        *conversational(tokenizer),
+    ]
+
+
+def conversational(
+    tokenizer: Any,
+) -> list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """A prompt with an earlier answer, and a completion that goes on after its answer."""
+    row = {"prompt": [USER, ANSWER, MORE[0]], "completion": [MORE[1], USER]}
+    everything = chat(tokenizer, [*row["prompt"], *row["completion"]])
+    prompt = len(chat(tokenizer, row["prompt"], add_generation_prompt=True))
+    old = slice(
+        len(chat(tokenizer, [USER], add_generation_prompt=True)),
+        len(chat(tokenizer, [USER, ANSWER])),
+    )
+    new = slice(prompt, len(chat(tokenizer, [*row["prompt"], MORE[1]])))
+
+    def learnt(*parts: slice) -> dict[str, list[int]]:
+        labels = [-100] * len(everything)
+        for part in parts:
+            labels[part] = everything[part]
+        return {"input_ids": everything, "labels": labels}
+
+    turns, both = {"assistant_only_loss": True}, {"completion_only_loss": False}
+    return [
+        ("conversational", row, {}, learnt(slice(prompt, None))),
+        ("conversational, all", row, both, learnt(slice(None))),
+        ("conversational, turns of completion", row, turns, learnt(new)),
+        ("conversational, turns", row, turns | both, learnt(old, new)),
     ]
 
 
 CASES = ["text", "completion", "both", "alpaca", "alpaca without input", "question", "query",
-         "messages", "assistant", "sharegpt", "conversational"]  # fmt: skip
+         "messages", "assistant", "sharegpt", "conversations of roles", "conversational",
+         "conversational, all", "conversational, turns of completion",
+         "conversational, turns"]  # fmt: skip
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "stream"])
@@ -133,13 +162,71 @@ def test_a_stream_that_does_not_know_its_columns(tokenizer: Any) -> None:
     assert is_raw(rows)
     found, _ = tokenize_raw_rows(rows, tokenizer, max_length=20)
     assert len(list(found)) == 2
+    listed = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "input": "c", "output": "b"},
+    ]
+    rows = IterableDataset.from_generator(lambda: iter([*listed, {**listed[1], "id": 3}]))
+    found, line = tokenize_raw_rows(rows, tokenizer, max_length=50)
+    assert [set(row) for row in found] == [{"input_ids", "labels"}] * 3
+    assert [tokenizer.decode(row["input_ids"]) for row in found][1] == "a\n\nc\nb<|endoftext|>"
+    assert "instruction + input -> prompt" in line
+
+
+MIXED = {
+    "text": [{"text": t} for t in ("a dog", None, "the fox " * 30, "", "a")],
+    "prompt_completion": [
+        {"prompt": p, "completion": c}
+        for p, c in (("the", " fox"), (None, "a"), ("a", None), ("fox " * 60, "a"), ("", "x " * 60))
+    ],
+    "chat": [
+        {"messages": m}
+        for m in ([USER, ANSWER], None, [], [USER], [ANSWER, *MORE], [USER, ANSWER, *MORE] * 9)
+    ],
+    "chat_completion": [
+        {"prompt": p, "completion": c}
+        for p, c in (([USER], [ANSWER]), ([USER], None), ([USER], []), ([USER] * 20, [ANSWER]))
+    ],
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", MIXED)
+def test_stream_and_processes_give_the_rows_of_a_dataset(
+    name: str, packing: bool, tokenizer: Any
+) -> None:
+    rows = Dataset.from_list(MIXED[name])
+    options: dict[str, Any] = {"max_length": 60, "packing": packing}
+    options["assistant_only_loss"] = name == "chat"
+    found, line = tokenize_raw_rows(rows, tokenizer, **options)
+    listed = [dict(row) for row in found]
+    assert "without a target dropped" in line
+    assert all(any(label != -100 for label in row["labels"][1:]) for row in listed)
+    streamed, _ = tokenize_raw_rows(rows.to_iterable_dataset(), tokenizer, **options)
+    assert [dict(row) for row in streamed] == listed
+    shared, _ = tokenize_raw_rows(rows, tokenizer, **options, num_proc=2)
+    assert [dict(row) for row in shared] == listed
+    again, _ = tokenize_raw_rows(rows, tokenizer, **options)
+    assert again._fingerprint == found._fingerprint  # the cache is found
+
+
+def test_null_fields_of_messages_are_left_out(tokenizer: Any) -> None:
+    """Arrow gives every message the fields of all others, null where they are not set."""
+    answer = {"role": "assistant", "content": None, "name": None}
+    asked = copy.deepcopy(tokenizer)
+    asked.chat_template = (
+        "{% for m in messages %}{{ m.role }}{{ 'name' in m }}{{ m.content }};{% endfor %}"
+    )
+    rows = Dataset.from_list([{"messages": [{**USER, "name": "x"}, answer]}])
+    found, _ = tokenize_raw_rows(rows, asked, max_length=60)
+    assert tokenizer.decode(found[0]["input_ids"]) == "userTrueTwo?;assistantFalse;"
 
 
 def test_what_was_read_is_told(tokenizer: Any) -> None:
     rows = Dataset.from_list([{"instruction": "the quick", "output": "fox jumps " * 20}] * 4)
     _, line = tokenize_raw_rows(rows, tokenizer, max_length=30)
     assert line == (
-        "4 rows of prompt/completion (instruction + input -> prompt, output -> completion) "
+        "4 rows of prompt/completion (instruction -> prompt, output -> completion) "
         "tokenized, at most 30 tokens a row, loss on completions; 4 cut"
     )
     rows = Dataset.from_list([{"text": "a dog " * 30}] * 2)
@@ -188,11 +275,20 @@ def test_weights_are_kept(tokenizer: Any) -> None:
         ({"text": "a"}, {"assistant_only_loss": True}, "assistant_only_loss is True, but"),
         ({"prompt": "a b c", "completion": "d"}, {"max_length": 2}, "no row has anything to learn"),
         ({"text": "a"}, {"max_length": 10**6}, "max_length is 1000000, but the tokenizer's model"),
+        ({"text": "a"}, {"max_length": 1}, "max_length is 1, but a target needs at least 2"),
         (
             {"conversations": [{"from": "narrator", "value": "x"}]},
             {},
-            "a turn of 'conversations' is from 'narrator'",
+            "a message is from 'narrator', but must be from one of human, user, gpt",
         ),
+        ({"messages": [{"speaker": "x", "text": "y"}]}, {}, "a message holds speaker, text, but"),
+        ({"messages": "hi"}, {}, "column 'messages' holds str, not a list of messages"),
+        ({"question": "a", "answer": 4}, {}, "column 'answer' holds int, not text"),
+        ({"text": ["a"]}, {}, "column 'text' holds list, not text"),
+        ({"prompt": "a", "completion": [ANSWER]}, {}, "column 'prompt' holds str, not a list"),
+        ({"prompt": [USER], "completion": "a"}, {}, "column 'prompt' holds list, not text"),
+        ({"prompt": [], "completion": [ANSWER]}, {}, "a conversation or its prompt has no message"),
+        ({"text": "a", "ce_weight": "1"}, {"keep": ["ce_weight"]}, "'ce_weight' holds string"),
         ({"body": "a"}, {}, "rows with the columns body are of no known raw form"),
     ],
 )
@@ -205,64 +301,12 @@ def test_refused(
         tokenize_raw_rows(Dataset.from_list([row]), limited, **({"max_length": 50} | options))
 
 
+def test_no_rows_are_refused(tokenizer: Any) -> None:
+    for rows in (Dataset.from_dict({"text": []}), IterableDataset.from_generator(lambda: iter([]))):
+        with pytest.raises(InputError, match="the data set has no rows"):
+            tokenize_raw_rows(rows, tokenizer, max_length=50)
+
+
 def test_rows_with_ids_are_not_raw() -> None:
     assert not is_raw(Dataset.from_list([{"input_ids": [1, 2], "text": "a"}]))
     assert not is_raw(Dataset.from_list([{"body": "a"}]))
-
-
-# ---- The same forms in files ----
-
-
-@pytest.mark.parametrize(
-    ("line", "columns", "mapping"),
-    [
-        (
-            '{"instruction": "Name %d things", "input": "of wood", "output": "a tree %d"}',
-            {"prompt", "completion"},
-            "instruction + input -> prompt",
-        ),
-        ('{"question": "what is %d?", "answer": "it is %d"}', {"prompt", "completion"}, "question"),
-        (
-            '{"conversations": [{"from": "human", "value": "say %d"}, '
-            '{"from": "gpt", "value": "it is %d"}]}',
-            {"messages"},
-            "conversations",
-        ),
-    ],
-)
-def test_files(line: str, columns: set[str], mapping: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(line % (n, n * n) for n in range(40)))
-    config = DataConfig(train=str(file), eval_fraction=0.2)
-    rows, table = clean_rows(config, seed=0, work_dir=tmp_path / "work")
-    assert set(rows["train"].column_names) == columns
-    assert mapping in next(iter(table.steps[0].changed))
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_the_delimiter_of_a_csv_is_found(delimiter: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    lines = [delimiter.join(["prompt", "completion"])]
-    lines += [delimiter.join([f"say {n}", f'"it is {n}, or {n}; or so"']) for n in range(30)]
-    file.write_text("\n".join(lines))
-    assert delimiter_of(file) == delimiter
-    config = DataConfig(train=str(file), eval_fraction=0.2)
-    rows, _ = clean_rows(config, seed=0, work_dir=tmp_path / "work")
-    assert set(rows["train"].column_names) == {"prompt", "completion"}
-
-
-@pytest.mark.parametrize("text", ["text\na, b\nc\n", "text\none; two\nthree\n", "text\n"])
-def test_one_column_has_no_delimiter(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text(text)
-    assert delimiter_of(file) == ","
-
-
-def test_a_single_document_is_held_out_whole(tmp_path: Path) -> None:
-    file = tmp_path / "book.txt"
-    file.write_text("It was the best of times.\n\nIt was the worst of times.\n")
-    config = DataConfig(train=str(file), rows="document")
-    with pytest.raises(
-        InputError, match=r"a single row, which was held out .*data\.eval.*data\.rows"
-    ):
-        clean_rows(config, seed=0, work_dir=tmp_path / "work")

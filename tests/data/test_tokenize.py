@@ -134,6 +134,24 @@ def test_only_the_assistant_is_learnt(
     assert learnt(tokenizer, ids, labels) == expected
 
 
+def test_an_answer_before_any_question_is_not_learnt(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """As conversations of ShareGPT begin. No generation prompt comes before such a turn."""
+    tokenizer = with_template(tiny_tokenizer, CHATML)
+    [(ids, labels)] = annotate({"messages": [CHAT[1:]]}, tokenizer, "chat")
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT[1:], tokenize=False)
+    assert learnt(tokenizer, ids, labels) == "It is five.<|endoftext|>\n"
+
+
+def test_a_prompt_that_is_rendered_in_another_way_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    batch = {"prompt": [CHAT[:3]], "completion": [CHAT[3:]]}
+    with pytest.raises(InputError, match="renders a prompt in another way"):
+        annotate(batch, with_template(tiny_tokenizer, REWRITING), "chat_completion")
+
+
 def test_templates_that_cannot_be_used_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rewriting = with_template(tiny_tokenizer, REWRITING)
     with pytest.raises(InputError, match="first 2 messages are not a prefix of all 4"):

@@ -1,0 +1,102 @@
+"""Conversations as token ids by the tokenizer's chat template, with labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.forms import joined_messages
+from hf_distill.errors import InputError
+from hf_distill.losses.targets import IGNORE
+
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+
+Annotated = tuple[list[int], list[int]]  # ids and labels of one row
+Messages = list[dict[str, Any]]
+
+
+def assistant_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Annotated:
+    """A conversation of which the assistant's turns are learnt.
+
+    They are what the template marks (``{% generation %}``), else what follows the generation prompt
+    to the end of the turn. A turn that opens the conversation is then not learnt, because no
+    generation prompt comes before it.
+    raises: InputError for a template that neither marks them nor grows by appending
+    """
+    marked = bool(_GENERATION.search(template(tokenizer)))
+    return (_by_marks if marked else _by_prefixes)(tokenizer, messages)
+
+
+def template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; InputError if the tokenizer has none."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(
+            "the rows are chat, but the tokenizer has no chat template: use a chat model's "
+            "tokenizer, or set tokenizer.chat_template"
+        ) from error
+
+
+def _by_marks(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Annotated:
+    encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
+    ids = encoded["input_ids"]
+    pairs = zip(ids, encoded["assistant_masks"], strict=True)
+    return ids, [token if learnt else IGNORE for token, learnt in pairs]
+
+
+def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Annotated:
+    ids = render(tokenizer, messages)["input_ids"]
+    labels = [IGNORE] * len(ids)
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant" or not place:
+            continue
+        before = render(tokenizer, messages[:place], add_generation_prompt=True)["input_ids"]
+        after = render(tokenizer, messages[: place + 1])["input_ids"]
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise InputError(
+                "the chat template does not mark the assistant's tokens, and its first "
+                f"{place + 1} messages are not a prefix of all {len(messages)}, so they cannot be "
+                "found: use a template with {% generation %} around the assistant's turns"
+            )
+        labels[len(before) : len(after)] = ids[len(before) : len(after)]
+    return ids, labels
+
+
+def completion_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Annotated:
+    """A conversational prompt with its completion, rendered as one conversation."""
+    ids = render(tokenizer, joined_messages(row))["input_ids"]
+    prompt = render(tokenizer, row["prompt"], add_generation_prompt=True)["input_ids"]
+    if ids[: len(prompt)] != prompt:
+        raise InputError(
+            "the chat template renders a prompt in another way when a completion follows, so that "
+            "the completion's tokens cannot be found: use a template that only appends"
+        )
+    return ids, [IGNORE] * len(prompt) + ids[len(prompt) :]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any
+) -> dict[str, Any]:
+    """A conversation by the chat template, as ids; InputError if the template refuses it."""
+    if not messages:
+        raise InputError("a conversation or its prompt has no message: leave out such rows")
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+            **options,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the chat template refuses a conversation of {roles} ({error}): "
+            "mend or leave out such rows"
+        ) from error
+    return cast(dict[str, Any], encoded)
