@@ -24,6 +24,14 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in train.alpha=0.9."),
 ]
+SweepOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE,...",
+        help="Set a key to each of these values, as in seed=0,1,2, or to a single one.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 app = typer.Typer(
@@ -85,44 +93,30 @@ def run(
 
 
 @app.command(short_help="Run a recipe over a grid of settings, and compare the runs.")
-def sweep(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
+def sweep(recipe: RecipeFile, set_: SweepOverrides = None, debug: Debug = False) -> None:
     """Run a recipe for every combination of the values given, one run after the other.
 
-    Several values of a key stand between commas; a list in brackets is one value. The run folders
-    are in output_dir/name-sweep. Results of stages with the same inputs (data, teacher, recording,
-    baseline) are made once and shared. The same command goes on after an interruption. At the end
-    the page compare.html and a table put the runs side by side, seeds as mean and standard
-    deviation. Each run is one process; `accelerate launch` is not used.
+    Several values of a key are separated by commas. Commas inside brackets, braces or quotes do not
+    separate, so that a list is one value.
+
+    Each run has its run folder in output_dir/name-sweep, named by the keys that vary, as
+    temperature-2_seed-0. Results of stages with the same inputs (data, teacher, recording, initial
+    student, baseline) are made once and shared. The same command continues after an interruption.
+
+    At the end a table and the page compare.html show the runs side by side, the seeds of each
+    setting as mean and standard deviation. `hf-distill report` writes the page again.
+
+    Each run is one process; a sweep does not work under `accelerate launch`.
 
     \b
     hf-distill sweep recipes/quickstart.yaml --set train.temperature=1,2,4 --set seed=0,1,2
-    hf-distill sweep recipes/gpt2.yaml --set train.divergence=forward_kl,jsd --set seed=0,1
+    hf-distill sweep recipes/gpt2.yaml --set train.divergence=forward_kl,jsd --set name=kl-or-jsd
+    hf-distill sweep recipes/gpt2.yaml --set "student.layers=[0, 6, 11],every_other"
     """
     with guarded(debug):
-        from rich.console import Console
+        from hf_distill.recipes.sweep import run_sweep
 
-        from hf_distill.recipes import sweep as sweeps
-        from hf_distill.reporting.compare_runs import write_comparison
-        from hf_distill.reporting.runs import find_runs, group_runs, groups_table
-
-        planned = sweeps.plan_sweep(recipe, set_ or ())
-        total = len(planned.points)
-        typer.echo(f"sweep: {total} runs in {planned.folder}")
-        for number, point in enumerate(planned.points, 1):
-            typer.echo(f"sweep: run {number} of {total}, {point.name}")
-            code = sweeps.run_point(recipe, point, planned.folder)
-            if code:
-                typer.echo(
-                    f"error: run {point.name!r} ended with exit code {code}; the {number - 1} runs "
-                    "before it are kept, and the same command goes on from here",
-                    err=True,
-                )
-                raise typer.Exit(code)
-        folders = [planned.folder / point.name for point in planned.points]
-        page, _ = write_comparison(folders, planned.folder / sweeps.PAGE)
-        _, groups = group_runs(find_runs(folders)[0])
-        Console(width=None if sys.stdout.isatty() else 120).print(groups_table(groups))
-        typer.echo(page)
+        typer.echo(run_sweep(recipe, set_ or ()))
 
 
 @app.command(short_help="Record a teacher over a recipe's rows, and train nothing.")
@@ -247,41 +241,44 @@ def report(
         typer.Option(
             "--output",
             metavar="FILE",
-            help="Where the comparison goes; by default compare.html in the runs' common folder.",
+            help="Where the page goes; by default report.html in the run folder, or compare.html "
+            "in the folder that holds the runs.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write the report.html of a run folder again, or one page that compares several runs.
+    """Write the report of a run folder again, or one page that compares several runs.
 
-    With several folders, or a folder that holds run folders, the page shows the settings that
-    differ, the figures side by side (runs that differ in the seed only as mean and standard
-    deviation), and the curves in one plot.
+    One run folder: report.html, with the results of that run.
+
+    Several run folders, or a folder that holds run folders: compare.html, with the settings in
+    which the runs differ, their results side by side, and their curves in the same plots. Runs that
+    differ in nothing but the seed are shown as mean and standard deviation. Runs that are not
+    finished are left out. Both pages are single files without scripts.
 
     \b
     hf-distill report runs/quickstart
     hf-distill report runs/*
-    hf-distill report runs --output comparison.html
+    hf-distill report runs/quickstart-sweep --output comparison.html
     """
     with guarded(debug):
-        from hf_distill.reporting.compare_runs import write_comparison
+        from hf_distill.reporting.compare_runs import PAGE, write_comparison
         from hf_distill.reporting.report import write_report
+        from hf_distill.reporting.runs import is_run
 
-        if len(folders) == 1 and output is None and not _holds_runs(folders[0]):
-            typer.echo(write_report(folders[0]))
+        # Files may match runs/* too.
+        given = [folder for folder in folders if not folder.is_file()] or folders
+        several = len(given) > 1 or (not is_run(given[0]) and any(given[0].glob("*/recipe.yaml")))
+        if not several:
+            typer.echo(write_report(given[0], output))
             return
-        common = folders[0] if len(folders) == 1 else folders[0].parent
-        # Other files may match runs/* too.
-        given = [folder for folder in folders if folder.is_dir()] if len(folders) > 1 else folders
-        page, unfinished = write_comparison(given, output or common / "compare.html")
+        parents = {folder.parent for folder in given}
+        common = given[0] if len(given) == 1 else parents.pop() if len(parents) == 1 else Path()
+        page, unfinished = write_comparison(given, output or common / PAGE)
         if unfinished:
             names = ", ".join(folder.name for folder in unfinished)
-            typer.echo(f"left out, since they are not finished: {names}", err=True)
+            typer.echo(f"left out, because they are not finished: {names}", err=True)
         typer.echo(page)
-
-
-def _holds_runs(folder: Path) -> bool:
-    return not (folder / "recipe.yaml").exists() and any(folder.glob("*/recipe.yaml"))
 
 
 @app.command(short_help="Push a student and its card to the Hub.")

@@ -1,11 +1,20 @@
 """Data preparation: collect, clean, tokenize, pack, collate.
 
+From files:
 clean_rows          files or a Hub data set to rows of text, filtered and deduplicated
 tokenize_rows       rows of text to token ids and labels, packed
-tokenize_raw_rows   the same for rows that exist in Python, also of a stream
-collator            rows to batches of tensors
 DataConfig, CleanConfig    the settings of a recipe's `data` section
 PreparationTable, Step     what each step kept and removed
+text_iterator       the text of rows, to train a tokenizer on
+
+From rows in Python:
+tokenize_raw_rows   rows of a known form to token ids and labels, packed; also of a stream
+is_raw              whether rows are of a known form and not tokenized yet
+FORMS, Form, find_form     the known forms, and the form that some columns have
+
+For both:
+collator, Collator  rows to batches of tensors
+require_rows, check_max_length     errors for too few rows and for too long rows
 """
 
 from hf_distill.data.collate import Collator, collator

@@ -185,7 +185,8 @@ def _refuse_single_row(train: _Part, evaluation: _Part, config: DataConfig) -> N
         return
     rows = len(evaluation.indices)
     what = "the data are a single row" if rows == 1 else f"the data are {rows} times one row"
-    cut = "" if config.rows == "line" else ", or cut the text into more rows (data.rows: line)"
+    smaller = {"document": "paragraph or line", "paragraph": "line", "line": ""}[config.rows]
+    cut = f", or cut the text into more rows (data.rows: {smaller})" if smaller else ""
     raise InputError(
         f"{what}, which was held out for evaluation, so that nothing is left to train on: give "
         f"evaluation rows as data.eval{cut}, or give more text"

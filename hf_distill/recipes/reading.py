@@ -60,16 +60,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return _validated(values)
     except InputError as error:
-        raise InputError(f"{path}: {error}{_hint(str(error), overrides)}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
-def _hint(message: str, overrides: Sequence[str]) -> str:
-    """What to do where a key was given several values."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if "," in value and message.startswith(f"{key.strip()} is "):
-            return "; to run with several values use `hf-distill sweep`"
-    return ""
+def split_values(text: str) -> list[str]:
+    """The values of "1,2,4": the parts between commas outside brackets, braces and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for place, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in "]})":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return [part.strip() for part in (*parts, text[start:])]
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -143,6 +152,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = _yaml(text)
     except InputError as error:
         raise InputError(f"--set {path}: {error}") from None
+    if isinstance(value, str) and len(split_values(text)) > 1:
+        raise InputError(
+            f"--set {path} has several values, {text.strip()}: a run takes one; "
+            "`hf-distill sweep` runs each of them. A list is written [a, b], and a text that "
+            "contains commas is quoted"
+        )
     *parents, last = path.split(".")
     for name in parents:
         # A string stands for {model: string}; a key below it opens the section it stands for.

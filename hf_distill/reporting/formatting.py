@@ -1,12 +1,13 @@
 """The figures that are reported of a model: names, units, directions and formats.
 
-The report and the model card both take them from here.
+Reports, comparisons and the model card take them from here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +40,20 @@ class Figure:
         if self.percent:
             return f"{100 * value:.1f}%"
         return compact(value) if self.key == "parameters" else number(value)
+
+    def mean_text(self, values: Sequence[float]) -> str:
+        """The mean of several runs ± their standard deviation; a single value as it is.
+
+        The deviation has two significant digits, the mean as many decimals as the deviation.
+        """
+        if len(set(values)) < 2:
+            return self.text(values[0] if values else None)
+        scale = 100.0 if self.percent else 1.0
+        mean, spread = scale * statistics.fmean(values), scale * statistics.stdev(values)
+        # Five significant digits of the mean are enough, however small the deviation is.
+        most = 2 if self.percent else 4 - _magnitude(mean)
+        decimals = max(0, min(1 - _magnitude(spread), most))
+        return f"{mean:,.{decimals}f} ± {spread:,.{decimals}f}{'%' if self.percent else ''}"
 
     def prefers(self, first: float, second: float) -> bool:
         """Whether the first is strictly better than the second."""
@@ -81,6 +96,11 @@ def measured(model: Mapping[str, Any] | None, key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
+
+
+def _magnitude(value: float) -> int:
+    """The power of ten of the first digit: 2 for 123.4, -2 for 0.0123."""
+    return math.floor(math.log10(abs(value))) if value else 0
 
 
 def number(value: float) -> str:

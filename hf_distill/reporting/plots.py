@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
@@ -22,8 +25,10 @@ from hf_distill.reporting.formatting import BY_KEY, compact, measured
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {"teacher": "#0a0a01", "initial": "#0a0a02", "baseline": "#0a0a03", "student": "#0a0a04"}
 MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "student": "o"}
-# Colours of `overlaid`; with more lines they repeat.
+# Colours of `overlaid`; with more groups they repeat.
 LINES = 12
+# With more groups `overlaid` leaves out the curves of training rows.
+FEW = 4
 _LINE_COLOURS = [f"#0b0b{number:02x}" for number in range(LINES)]
 _VARIABLES = (
     {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
@@ -64,46 +69,106 @@ def curves(
                 "markeredgecolor": PAPER,
             }
             axes.plot(*zip(*held_out, strict=True), color=colour, linewidth=1.8, **style)
-    last = max(step for step, _ in points)
-    settled = [value for step, value in points if step >= WARM_UP * last]
     if teacher is not None:
-        settled.append(teacher)
         axes.axhline(teacher, color=COLOURS["teacher"], linewidth=1.2, linestyle=(0, (5, 3)))
-    margin = 0.06 * (max(settled) - min(settled)) or 0.1
-    axes.set(ylim=(min(settled) - margin, max(settled) + margin), xlim=(0, 1.02 * last))
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _over_steps(axes, points, () if teacher is None else (teacher,))
     if key in BY_KEY and BY_KEY[key].percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return _svg(figure, f"{title} over the optimizer steps", key)
 
 
-def overlaid(runs: Sequence[tuple[int, History]], key: str, title: str) -> str | None:
-    """One quantity of several runs: training as thin lines, held-out rows as lines with markers.
-
-    runs: by run, the number of its colour (below `LINES`) and its log
-    returns: SVG, or None where no run has logged the quantity on held-out rows
-    """
-    lines = [(colour, series(h, key), series(h, f"eval_{key}")) for colour, h in runs]
-    if not any(held_out for _, _, held_out in lines):
-        return None
-    figure, axes = _axes(title)
-    for colour, train, held_out in lines:
-        if train:
-            axes.plot(*zip(*train, strict=True), color=_LINE_COLOURS[colour], lw=0.9, alpha=0.5)
-        if held_out:
-            style: dict[str, Any] = {"color": _LINE_COLOURS[colour], "markeredgecolor": PAPER}
-            axes.plot(*zip(*held_out, strict=True), lw=1.6, marker="o", markersize=5, **style)
-    points = [point for _, *both in lines for line in both for point in line]
+def _over_steps(
+    axes: Axes, points: Sequence[tuple[float, float]], others: Sequence[float] = ()
+) -> None:
+    """The axes of curves over the steps; others: more values that have to be in sight."""
     last = max(step for step, _ in points)
     settled = [value for step, value in points if step >= WARM_UP * last]
+    settled += others
     margin = 0.06 * (max(settled) - min(settled)) or 0.1
     axes.set(ylim=(min(settled) - margin, max(settled) + margin), xlim=(0, 1.02 * last))
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def mean_curve(histories: Sequence[History], key: str) -> list[tuple[float, float, float]]:
+    """(step, mean, standard deviation) at the steps that all runs with that quantity share."""
+    logged = [dict(points) for history in histories if (points := series(history, key))]
+    steps = sorted(set.intersection(*map(set, logged))) if logged else []
+    values = [(step, [run[step] for run in logged]) for step in steps]
+    return [
+        (step, statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
+        for step, each in values
+    ]
+
+
+def overlaid(groups: Mapping[str, Sequence[History]], key: str, title: str) -> str | None:
+    """One quantity over the steps, a line for each group of runs, with its letter at the end.
+
+    Held-out rows are lines with markers, and bands of one standard deviation where a group has
+    several runs. Training rows are thin lines, drawn for few groups, or where there is no curve of
+    held-out rows.
+
+    groups: by letter, the logs of the runs; the first one has the first colour
+    returns: SVG, or None where no run has logged the quantity
+    """
+    curves = [
+        (mean_curve(histories, key), mean_curve(histories, f"eval_{key}"))
+        for histories in groups.values()
+    ]
+    thin = len(groups) <= FEW or all(len(held_out) < 2 for _, held_out in curves)
+    figure, axes = _axes(title)
+    points: list[tuple[float, float]] = []
+    ends = {}
+    for letter, colour, (train, held_out) in zip(groups, cycle(_LINE_COLOURS), curves):
+        shown = [[(step, mean) for step, mean, _ in c] for c in (train if thin else [], held_out)]
+        if shown[0]:
+            axes.plot(*zip(*shown[0], strict=True), color=colour, linewidth=1.0, alpha=0.55)
+        if held_out:
+            steps, means, spreads = map(np.array, zip(*held_out, strict=True))
+            style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markeredgecolor": PAPER}
+            axes.plot(steps, means, color=colour, linewidth=1.6, **style)
+            if len(steps) > 1 and spreads.any():
+                band = (means - spreads, means + spreads)
+                axes.fill_between(steps, *band, color=colour, alpha=0.14, linewidth=0)
+        if any(shown):
+            ends[letter] = ((shown[1] or shown[0])[-1], colour)
+        points += [*shown[0], *shown[1]]
+    if not points:
+        return None
+    _over_steps(axes, points)
+    _name_ends(figure, axes, ends)
     return _svg(figure, f"{title} over the optimizer steps", f"runs-{key}")
+
+
+def _name_ends(
+    figure: Figure, axes: Axes, ends: Mapping[str, tuple[tuple[float, float], str]], line: float = 9
+) -> None:
+    """The letter of each curve beside its end, within the axes, ``line`` points from the next."""
+    figure.draw_without_rendering()  # fixes the layout, and with it where the points lie
+    points = 72 / figure.dpi
+    places = {k: axes.transData.transform(end)[1] * points for k, (end, _) in ends.items()}
+    order = sorted(places, key=lambda letter: places[letter])
+    heights, least = dict(places), axes.bbox.y0 * points
+    for letter in order:  # upwards from the lowest, then back from the top
+        heights[letter] = least = max(heights[letter], least)
+        least += line
+    most = axes.bbox.y1 * points
+    for letter in reversed(order):
+        heights[letter] = most = min(heights[letter], most)
+        most -= line
+    for letter, (end, colour) in ends.items():
+        axes.annotate(
+            letter,
+            end,
+            xytext=(7, heights[letter] - places[letter]),
+            textcoords="offset points",
+            verticalalignment="center",
+            color=colour,
+            fontweight="bold",
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def series(history: History, key: str) -> list[tuple[float, float]]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-
-from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.errors import InputError
 from hf_distill.reporting import plots
+from hf_distill.reporting.files import read_json, read_preparation, read_recipe, write_page
 from hf_distill.reporting.formatting import (
     BY_KEY,
     ROLES,
@@ -21,7 +16,6 @@ from hf_distill.reporting.formatting import (
     compact,
     figures_of,
     measured,
-    number,
 )
 
 TRAINED = ("baseline", "student")
@@ -37,16 +31,17 @@ DIVERGENCE_NAMES = {
 }
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run folder from the files in it.
+def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Write the report of a run folder from the files in it.
 
     run_dir: the folder with ``metrics.json``; ``recipe.yaml``, ``data/preparation.json`` and
         ``<model>/log_history.json`` have their sections if they are there
-    returns: the report's path; it appears under that name only when it is whole
+    output: where it goes, by default ``report.html`` in the run folder
+    returns: the report's path; it appears under that name only when it is complete
     raises: InputError if there is nothing to report yet, or a file cannot be read
     """
     run_dir = Path(run_dir)
-    metrics = _read_json(run_dir / "metrics.json", dict)
+    metrics = read_json(run_dir / "metrics.json", dict)
     if metrics is None:
         raise InputError(
             f"{str(run_dir)!r} has no metrics.json, so there is nothing to report yet: "
@@ -58,17 +53,12 @@ def write_report(run_dir: str | Path) -> Path:
             f"{str(run_dir / 'metrics.json')!r} has no figures of a student: "
             "delete the file and run the evaluation again"
         )
-    page = TEMPLATES.get_template("report.html.jinja").render(_context(run_dir, metrics, models))
-    path = run_dir / "report.html"
-    unfinished = run_dir / ".report.html.unfinished"
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    context = _context(run_dir, metrics, models)
+    return write_page("report.html.jinja", context, output or run_dir / "report.html")
 
 
 def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
-    recipe_text = _read_text(run_dir / "recipe.yaml")
-    recipe = _parse_recipe(run_dir, recipe_text)
+    recipe_text, recipe = read_recipe(run_dir)
     teacher, student = names(recipe)
     return {
         "name": str(recipe.get("name") or run_dir.resolve().name),
@@ -80,7 +70,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "curves": _curves(run_dir, models),
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
-        "preparation": _preparation(run_dir / "data" / "preparation.json"),
+        "preparation": read_preparation(run_dir / "data" / "preparation.json"),
         "recipe": recipe_text,
         "versions": flattened(metrics.get("versions") or {}),
         "machine": flattened(metrics.get("machine") or {}),
@@ -247,12 +237,12 @@ def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
         role: history
         for role in TRAINED
         if role in models  # files of an earlier recipe are left out
-        and (history := _read_json(run_dir / role / "log_history.json", list))
+        and (history := read_json(run_dir / role / "log_history.json", list))
     }
     labels = {
         "ce": "Cross-entropy (nats per target)",
         **{name: divergence_label(name) for name in divergences(histories)},
-        "loss": "Training objective, each its own",
+        "loss": "Loss, each model's own objective",
         "top1_agreement": "Top-1 agreement with the teacher",
     }
     if not any(plots.series(history, "ce") for history in histories.values()):
@@ -271,7 +261,7 @@ def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
 def _same_divergence(run_dir: Path, role: str) -> bool:
     """Whether a model's divergence was logged as the student's was, and can be drawn beside it."""
     ours, theirs = (
-        (_read_json(run_dir / name / "training_results.json", dict) or {}).get("divergence")
+        (read_json(run_dir / name / "training_results.json", dict) or {}).get("divergence")
         for name in ("student", role)
     )
     return ours == theirs
@@ -299,59 +289,3 @@ def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     costs = ("parameters", "decode_tokens_per_s")
     drawn = (plots.scatter(final, cost, "perplexity") for cost in costs)
     return [svg for svg in drawn if svg]
-
-
-# ---- Files ----
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    """What the file holds, or None if there is no such file."""
-    text = _read_text(path)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not whole ({error}): run that stage again") from error
-    if not isinstance(value, kind):
-        raise InputError(
-            f"{str(path)!r} holds a {type(value).__name__} where a {kind.__name__} is expected: "
-            "run that stage again"
-        )
-    return value
-
-
-def _preparation(path: Path) -> tuple[Step, ...]:
-    text = _read_text(path)
-    try:
-        return PreparationTable.from_json(text).steps if text else ()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} is not a preparation's table: prepare again") from error
-
-
-def _parse_recipe(run_dir: Path, text: str | None) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(text or "")
-    except yaml.YAMLError as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"{str(run_dir / 'recipe.yaml')!r} is not valid YAML: {line}") from error
-    return recipe if isinstance(recipe, dict) else {}
-
-
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("hf_distill.reporting"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
-TEMPLATES.filters["number"] = number

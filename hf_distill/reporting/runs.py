@@ -1,4 +1,4 @@
-"""Several finished runs side by side: which settings differ, and seeds as mean and spread."""
+"""Read several finished runs, find the settings that differ, and group the runs by them."""
 
 from __future__ import annotations
 
@@ -9,106 +9,117 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from hf_distill.errors import InputError
-from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured
+from hf_distill.reporting.files import read_json, read_recipe
+from hf_distill.reporting.formatting import ROLES, Figure, measured
 
-# Where a run is stored; no setting of it.
+# Where a run is stored, which is no setting.
 PLACES = ("name", "output_dir")
 SEED = "seed"
-SHOWN = ("perplexity", "kl_to_teacher", "top1_agreement")
+# With more settings that differ, a group is called by the name of its first run.
+MOST_IN_A_LABEL = 3
 
 
 @dataclass(frozen=True)
 class FinishedRun:
     """A run folder with metrics.
 
-    settings: its recipe by dotted key; models: figures by model; histories: logs by model
+    settings: its recipe by dotted key
+    models: the figures of each model
+    history: the log of the student's training
+    machine: where the figures were measured
     """
 
     folder: Path
     settings: Mapping[str, Any]
     models: Mapping[str, Mapping[str, Any]]
-    histories: Mapping[str, list[dict[str, Any]]]
+    history: Sequence[Mapping[str, Any]]
+    machine: str
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose settings agree in all but the seed.
+    """Runs whose settings agree in everything but the seed.
 
+    letter: "A" for the first group, by which tables and plots name it
     label: the settings in which it differs from other groups, as "temperature=2, alpha=0.5"
+    settings: the same by dotted key
     """
 
+    letter: str
     label: str
     settings: Mapping[str, Any]
     runs: Sequence[FinishedRun]
 
-    def values(self, model: str, key: str) -> list[float]:
+    def values(self, role: str, key: str) -> list[float]:
         """A figure of one model in each run that has it."""
-        found = (measured(run.models.get(model), key) for run in self.runs)
+        found = (measured(run.models.get(role), key) for run in self.runs)
         return [value for value in found if value is not None]
 
-    def mean(self, model: str, key: str) -> float | None:
-        """The mean over the seeds; None where no run has the figure."""
-        values = self.values(model, key)
+    def mean(self, role: str, key: str) -> float | None:
+        """The mean over the runs; None where no run has the figure."""
+        values = self.values(role, key)
         return statistics.fmean(values) if values else None
 
-    def text(self, model: str, figure: Figure) -> str:
-        """Mean and standard deviation over the seeds, or the one value."""
-        values = self.values(model, figure.key)
-        if not values:
-            return "–"
-        text = figure.text(statistics.fmean(values))
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        if not spread:
-            return text
-        if figure.percent:
-            return f"{text} ± {100 * spread:.1f}%"
-        return f"{text} ± {float(f'{spread:.2g}'):,.6g}"
+    def text(self, role: str, figure: Figure) -> str:
+        """Mean ± standard deviation over the runs, or the one value."""
+        return figure.mean_text(self.values(role, figure.key))
 
 
 def find_runs(places: Iterable[str | Path]) -> tuple[list[FinishedRun], list[Path]]:
-    """The finished runs among some folders and in them, and the run folders without metrics.
+    """Read the finished runs, and list the unfinished ones.
 
-    raises: InputError for a place that is no folder, or where no run is finished
+    places: run folders, or folders that hold run folders
+    raises: InputError for a place that is not a folder, or where no run is finished
     """
     folders: dict[Path, None] = {}
-    for place in map(Path, places):
+    for place in (places := [*map(Path, places)]):
         if not place.is_dir():
             raise InputError(f"{str(place)!r} is not a folder: give run folders, as in runs/*")
-        inside = [place] if _is_run(place) else sorted(p for p in place.iterdir() if _is_run(p))
+        inside = [place] if is_run(place) else sorted(p for p in place.iterdir() if is_run(p))
         folders |= dict.fromkeys(inside)
-    finished = [folder for folder in folders if (folder / "metrics.json").is_file()]
+    read = {folder: _read(folder) for folder in folders}
+    finished = [run for run in read.values() if run is not None]
     if not finished:
-        what = f"{len(folders)} run folders, none of them finished" if folders else "no run folder"
+        where = ", ".join(map(str, places))
         raise InputError(
-            f"there is {what} in {', '.join(map(str, places))}: give folders that `hf-distill run` "
-            "has made, and let a run finish first"
+            f"none of the {len(folders)} runs in {where} is finished: let `hf-distill run` finish "
+            "one first"
+            if folders
+            else f"there is no run folder in {where}: give folders that `hf-distill run` has made"
         )
-    return [_read(folder) for folder in finished], [f for f in folders if f not in finished]
+    return finished, [folder for folder, run in read.items() if run is None]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `hf-distill run` has made the folder."""
+    return (folder / "recipe.yaml").is_file()
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[str], list[Group]]:
-    """The keys in which the runs differ, the seed aside, and the runs by these."""
+    """The keys in which the runs differ, the seed aside, and the runs grouped by their values."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     differing = [
         key
         for key in keys
         if key not in (*PLACES, SEED) and len({_frozen(run.settings.get(key)) for run in runs}) > 1
     ]
-    short = short_names(differing)
-    groups: dict[tuple[str, ...], list[FinishedRun]] = {}
+    members: dict[tuple[str, ...], list[FinishedRun]] = {}
     for run in runs:
-        groups.setdefault(tuple(_frozen(run.settings.get(k)) for k in differing), []).append(run)
-    made = []
-    for members in groups.values():
-        settings = {key: members[0].settings.get(key) for key in differing}
-        label = ", ".join(f"{short[key]}={shown(value)}" for key, value in settings.items())
-        made.append(Group(label or members[0].folder.name, settings, members))
-    return differing, made
+        members.setdefault(tuple(_frozen(run.settings.get(k)) for k in differing), []).append(run)
+    ordered = sorted(
+        members.values(), key=lambda alike: [_rank(alike[0].settings.get(k)) for k in differing]
+    )
+    names = short_names(differing)
+    groups = []
+    for number, alike in enumerate(ordered):
+        settings = {key: alike[0].settings.get(key) for key in differing}
+        label = ", ".join(f"{names[key]}={shown(value)}" for key, value in settings.items())
+        if not label or len(settings) > MOST_IN_A_LABEL:
+            label = alike[0].folder.resolve().name
+        alike.sort(key=lambda run: _rank(run.settings.get(SEED)))
+        groups.append(Group(_letter(number), label, settings, alike))
+    return differing, groups
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -127,61 +138,34 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def shown(value: Any) -> str:
     """A setting as people write it in a recipe."""
     if value is None:
-        return "–"
+        return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def groups_table(groups: Sequence[Group]) -> Table:
-    """The groups as a terminal table: students and their baselines, best means marked."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("")
-    table.add_column("runs", justify="right")
-    figures = [BY_KEY[key] for key in SHOWN]
-    roles = [
-        role for role in ("baseline", "student") if any(g.values(role, SHOWN[0]) for g in groups)
-    ]
-    for figure in figures:
-        for role in roles:
-            table.add_column(f"{figure.label}\n{role}", justify="right")
-    for group in groups:
-        cells = [group.text(role, figure) for figure in figures for role in roles]
-        table.add_row(group.label, str(len(group.runs)), *cells)
-    return table
-
-
-def figures_in(groups: Sequence[Group]) -> list[Figure]:
-    """The figures that any model of any run has."""
-    models = [model for group in groups for run in group.runs for model in run.models.values()]
-    return figures_of({str(number): model for number, model in enumerate(models)})
-
-
-def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and (folder / "recipe.yaml").is_file()
-
-
-def _read(folder: Path) -> FinishedRun:
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        line = str(error).splitlines()[0]
-        raise InputError(f"run folder {str(folder)!r} cannot be read: {line}") from error
-    roles = ("teacher", "initial", "baseline", "student")
-    models = {role: metrics[role] for role in roles if metrics.get(role)}
-    histories: dict[str, list[dict[str, Any]]] = {}
-    for role in ("baseline", "student"):
-        path = folder / role / "log_history.json"
-        if role in models and path.is_file():
-            histories[role] = json.loads(path.read_text(encoding="utf-8"))
-    return FinishedRun(folder, _flat(recipe), models, histories)
+def _read(folder: Path) -> FinishedRun | None:
+    """The run of a folder; None if it is not finished."""
+    run = read_json(folder / "work" / "run.json", dict) or {}
+    metrics = read_json(folder / "metrics.json", dict)
+    # Of a run that goes on with other settings, the metrics are still those of the earlier ones.
+    if metrics is None or not metrics.get("student") or run.get("complete") is False:
+        return None
+    return FinishedRun(
+        folder,
+        _flat(read_recipe(folder)[1]),
+        {role: metrics[role] for role in ROLES if metrics.get(role)},
+        read_json(folder / "student" / "log_history.json", list) or [],
+        _frozen(metrics.get("machine")),
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):  # an empty one is as good as none
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
@@ -190,3 +174,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _frozen(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """Numbers in their order, then everything else by its text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return not is_number, value if is_number else 0.0, shown(value)
+
+
+def _letter(number: int) -> str:
+    """A to Z, then AA, AB, ..."""
+    before = _letter(number // 26 - 1) if number >= 26 else ""
+    return before + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number % 26]

@@ -112,7 +112,7 @@ def test_a_single_document_is_held_out_whole(tmp_path: Path) -> None:
     file.write_text("It was the best of times.\n\nIt was the worst of times.\n")
     config = DataConfig(train=str(file), rows="document")
     with pytest.raises(
-        InputError, match=r"a single row, which was held out .*data\.eval.*data\.rows"
+        InputError, match=r"a single row, which was held out .*data\.eval.*data\.rows: paragraph or"
     ):
         clean_rows(config, seed=0, work_dir=tmp_path / "work")
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, dump_recipe, parse_recipe
 from hf_distill.recipes.stages.inputs import check_arguments
+from hf_distill.recipes.stages.order import evaluate
 from hf_distill.recipes.stages.stage import Run, read_json, remove, write_whole
 
 LOCK = ".lock"
@@ -37,6 +38,7 @@ def open_run(recipe: Recipe, source: str | Path, share_with: Path | None = None)
     results = run.state.is_main_process and _results(run.folder)
     try:
         yield run
+        run.from_main(lambda: _note_complete(run))
     except InputError:
         if run.state.is_main_process and _results(run.folder) == results:
             _give_back(run.folder, earlier)
@@ -84,14 +86,24 @@ def _claim(run: Run, source: Path, lock: FileLock) -> dict[str, str | None] | No
         ) from None
     text = dump_recipe(run.recipe)
     # Relative to the folder, so that both may be moved together.
-    origin = {"recipe": os.path.relpath(source.resolve(), folder.resolve())}
+    origin = os.path.relpath(source.resolve(), folder.resolve())
     _refuse_another(folder, text, origin)
     (folder / "work").mkdir(exist_ok=True)
-    written = {"work/run.json": json.dumps(origin), "recipe.yaml": text}
+    written = {
+        "work/run.json": json.dumps({"recipe": origin, "complete": False}),
+        "recipe.yaml": text,
+    }
     earlier = {name: _read(folder / name) for name in written} if present else None
     for name, content in written.items():
         write_whole(folder / name, content)
     return earlier
+
+
+def _note_complete(run: Run) -> None:
+    """Write down that the metrics are those of `recipe.yaml`, for comparisons of runs."""
+    if run.is_made(evaluate):
+        path = run.folder / "work" / "run.json"
+        write_whole(path, json.dumps({**read_json(path), "complete": True}))
 
 
 def _give_back(folder: Path, earlier: dict[str, str | None] | None) -> None:
@@ -110,13 +122,13 @@ def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def _refuse_another(folder: Path, text: str, origin: dict[str, str]) -> None:
-    """InputError where the folder holds a run of another file that says other things."""
+def _refuse_another(folder: Path, text: str, origin: str) -> None:
+    """InputError where the folder holds a run of another recipe file with other settings."""
     kept = folder / "recipe.yaml"
-    earlier = read_json(folder / "work" / "run.json") or origin
+    earlier = (read_json(folder / "work" / "run.json") or {}).get("recipe", origin)
     if kept.exists() and earlier != origin and kept.read_text(encoding="utf-8") != text:
         raise InputError(
-            f"{str(folder)!r} holds a run of another recipe ({earlier['recipe']} from there): "
+            f"{str(folder)!r} holds a run of another recipe ({earlier} from there): "
             "change 'name' or 'output_dir', or remove that folder"
         )
 
