@@ -31,11 +31,12 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor, New], tuple[Tensor, Tensor]]
 
 def closed_form(divergence: Divergence) -> Form | None:
     """The form of a built-in divergence with its parameter filled in; None for a user's own."""
-    function, options = divergence, {}
-    if isinstance(divergence, partial) and not divergence.args:
-        function, options = divergence.func, divergence.keywords
-    form = CLOSED_FORMS.get(function)
-    return partial(form, **options) if form is not None else None
+    found = divergences.built_in(divergence)
+    if found is None:
+        return None
+    name, parameter = found
+    form = CLOSED_FORMS[name]
+    return partial(form, parameter) if name in WITH_PARAMETER else form
 
 
 def value_and_slope(
@@ -77,7 +78,7 @@ def _reverse_kl(
 
 
 def _jsd(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, beta: float = 0.5
+    beta: float, log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New
 ) -> tuple[Tensor, Tensor]:
     log_m = _positive(torch.lerp(q, p, beta, out=new(q))).log_()
     s = torch.sub(log_q, log_m, out=new(log_q)).mul_(q).mul_(1 - beta)
@@ -86,7 +87,7 @@ def _jsd(
 
 
 def _skew_forward_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, skew: float = 0.1
+    skew: float, log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New
 ) -> tuple[Tensor, Tensor]:
     m = _positive(torch.lerp(q, p, skew, out=new(q)))
     s = torch.div(p, m, out=new(p)).mul_(q).mul_(skew - 1)  # p / m <= 1 / skew
@@ -94,7 +95,7 @@ def _skew_forward_kl(
 
 
 def _skew_reverse_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New, *, skew: float = 0.1
+    skew: float, log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, new: New
 ) -> tuple[Tensor, Tensor]:
     m = _positive(torch.lerp(p, q, skew, out=new(p)))
     v = torch.log(m, out=new(m))
@@ -113,11 +114,13 @@ def _positive(probabilities: Tensor) -> Tensor:
     return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny)
 
 
-CLOSED_FORMS: dict[Divergence, Callable[..., tuple[Tensor, Tensor]]] = {
-    divergences.forward_kl: _forward_kl,
-    divergences.reverse_kl: _reverse_kl,
-    divergences.jsd: _jsd,
-    divergences.skew_forward_kl: _skew_forward_kl,
-    divergences.skew_reverse_kl: _skew_reverse_kl,
-    divergences.tvd: _tvd,
+CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
 }
+# Their parameter comes first.
+WITH_PARAMETER = ("jsd", "skew_forward_kl", "skew_reverse_kl")

@@ -71,6 +71,21 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+def built_in(divergence: Divergence) -> tuple[str, float] | None:
+    """The name of a built-in divergence and its parameter; None for a user's own.
+
+    returns: the parameter is `beta` or `skew`, 0.0 for a divergence without one
+    """
+    function, options = divergence, {}
+    if isinstance(divergence, partial) and not divergence.args:
+        function, options = divergence.func, divergence.keywords
+    for name, known in DIVERGENCES.items():
+        if function is known:
+            parameters = {**(known.__kwdefaults__ or {}), **options}
+            return name, next(iter(parameters.values()), 0.0)
+    return None
+
+
 def named_divergence(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Divergence:
     """The built-in divergence of that name, with its parameter filled in.
 

@@ -13,26 +13,27 @@ are in float32 at least, sums over positions in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_distill.losses.kernels import torch as kernel
-from hf_distill.losses.linear_head import LinearHead
-from hf_distill.losses.signals import Hidden, Logits, Sampled, Signal, TopK, whole
+from hf_distill.losses.kernels import kernel_for
+from hf_distill.losses.linear_head import LinearHead, LogitTransform
+from hf_distill.losses.signals import Hidden, Logits, Signal, whole
 from hf_distill.losses.targets import accumulator
 from hf_distill.losses.weights import Weights, weighted_sum
 
-# A block of logits for one core: most of half a dozen such arrays stay in its caches.
-BLOCK_BYTES = 2**20
 LEAST_MEMORY = 136 * 2**20
 # Matrix products of whole tiles are about 2% faster than those a few rows off.
 TILE = 32
 # Rows of the head whose gradient is accumulated at a time where it needs a float32 copy first.
 SLICE = 1024
-# Float32 copies of a chunk's logits that exist together where a chunk is one block.
-SCRATCH = 8
+# Targets of a chunk on an accelerator: enough for its products to run at full speed.
+ACCELERATOR_ROWS = 2048
+# Accelerators read and write rows of logits in wide units only if each begins at a multiple.
+ALIGNED_IDS = 64
 # In float16 small gradients of logits underflow. A power of two moves them without rounding.
 FLOAT16_SCALE = 256.0
 
@@ -51,7 +52,8 @@ def fused_loss(
 
     hidden: (targets, width), the student's; labels: (targets,) int64, none of them ignored
     scale: 0-dim, usually one over the number of targets in the step
-    memory_mb: memory for the logits of both models at a time; see `default_memory`
+    memory_mb: memory for the logits of both models at a time; by default
+        `default_memory`, on an accelerator that of 2,048 targets
     returns: a 0-dim loss that can be differentiated once, by hidden, head.weight and head.bias;
         and without gradient, (targets,) each, `ce` and with a signal `divergence`. Where gradients
         are off, also `teacher_ce` and `top1_agreement` (see `kernels.torch.values`)
@@ -75,7 +77,7 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def default_memory(head: LinearHead) -> float:
-    """Bytes for the logits of a chunk: 136 MB, or more where the head is large.
+    """Bytes for the logits of a chunk on a CPU: 136 MB, or more where the head is large.
 
     Each chunk reads and writes the head's gradient once, which has to cost little beside its
     products: chunks of 110 targets at 152k ids took a third longer than the products alone.
@@ -128,12 +130,12 @@ class _Pass:
         dtype: torch.dtype,
     ) -> None:
         self.labels, self.signal = labels, signal
-        self.memory = default_memory(head) if memory_mb is None else memory_mb * 2**20
+        self.memory = None if memory_mb is None else memory_mb * 2**20
         self.dtype = dtype
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.weights = weights.to(self.wide)
         self.head = head
-        self.scratch = kernel.Scratch(self.wide, labels.device)
+        self.kernel = kernel_for(self.wide, labels.device, weights.function)
         self.scale = scale.to(self.wide)
         self.values: dict[str, Tensor] = {}
 
@@ -198,15 +200,18 @@ class _Pass:
 
     def _chunks(self, ids: int, signal: Signal | None) -> list[slice]:
         """Equal parts of the targets, each with logits that fit into the memory."""
-        row = ids * self.dtype.itemsize
+        row, on_cpu = ids * self.dtype.itemsize, self.labels.device.type == "cpu"
         if isinstance(signal, Hidden):
             row += len(signal.head.weight) * signal.states.dtype.itemsize
-        if self.labels.device.type != "cpu":
-            row += SCRATCH * ids * self.wide.itemsize
+        row += self.kernel.extra_bytes * ids
+        memory = self.memory
+        if memory is None:
+            whole_rows = 0 if on_cpu or self.kernel.extra_bytes else ACCELERATOR_ROWS * row
+            memory = whole_rows or default_memory(self.head)
         targets = len(self.labels)
-        number = max(1, math.ceil(targets * row / self.memory))
+        number = max(1, math.ceil(targets * row / memory))
         size = max(1, math.ceil(targets / number))
-        if (tiles := math.ceil(size / TILE) * TILE) * row <= self.memory:
+        if (tiles := math.ceil(size / TILE) * TILE) * row <= memory:
             size = tiles
         return [slice(at, min(at + size, targets)) for at in range(0, max(targets, 1), size)]
 
@@ -217,46 +222,16 @@ class _Pass:
         teacher: Signal | None,
         weights: Weights,
         gradient: bool,
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Return the values of a chunk; with `gradient`, replace its logits by their gradient."""
-        rows = len(logits)
-        if logits.device.type == "cpu":  # elsewhere one launch for all rows is faster
-            each = round(BLOCK_BYTES / (logits.shape[1] * self.wide.itemsize))
-            rows = max(1, each) * torch.get_num_threads()  # a thread works on whole rows
-        found = []
-        for start in range(0, max(len(logits), 1), max(rows, 1)):
-            part = slice(start, start + rows)
-            self.scratch.reuse()
-            block = self.head.transform(self._wide(logits[part]))
-            theirs = None if teacher is None else self._transformed(teacher[part])
-            some = weights[part]
-            if not gradient:
-                values = kernel.values(block, labels[part], theirs, some, self.scratch)
-                found.append(values)
-                continue
-            in_place = logits.dtype == self.wide and self.head.transform.cap is None
-            out = logits[part] if in_place else None
-            values, slopes = kernel.value_and_gradient(
-                block, labels[part], theirs, some, out=out, new=self.scratch
-            )
-            self.head.transform.backward_(slopes, block)
-            if self.dtype == torch.float16:
-                slopes.mul_(FLOAT16_SCALE)
-            if slopes is not out:
-                logits[part] = slopes
-            found.append(values)
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
-
-    def _transformed(self, teacher: Signal) -> Tensor | TopK | Sampled:
-        if isinstance(teacher, TopK | Sampled):
-            return teacher
-        assert isinstance(teacher, Logits)
-        logits = self._wide(teacher.logits)
+        assert not isinstance(teacher, Hidden)
         # The product of a teacher's head still needs its transform; given logits do not.
-        return self.signal.head.transform(logits) if isinstance(self.signal, Hidden) else logits
-
-    def _wide(self, logits: Tensor) -> Tensor:
-        return logits if logits.dtype == self.wide else self.scratch(logits).copy_(logits)
+        theirs = self.signal.head.transform if isinstance(self.signal, Hidden) else LogitTransform()
+        return self.kernel(
+            logits, labels, teacher, weights,
+            transform=self.head.transform, teacher_transform=theirs, gradient=gradient,
+            factor=FLOAT16_SCALE if self.dtype == torch.float16 else 1.0,
+        )  # fmt: skip
 
     def _loss(self) -> Tensor:
         weights, dtype = self.weights, accumulator(self.scale)
@@ -271,24 +246,29 @@ class _Buffer:
     """Memory for the logits of one chunk, used again by the next."""
 
     def __init__(self, head: LinearHead, longest: slice) -> None:
-        self.head = head
-        self.logits = head.weight.new_empty(longest.stop - longest.start, len(head.weight))
+        self.head, ids = head, len(head.weight)
+        padded = ids if head.weight.device.type == "cpu" else -(-ids // ALIGNED_IDS) * ALIGNED_IDS
+        self.logits = head.weight.new_empty(longest.stop - longest.start, padded)[:, :ids]
 
     def product(self, states: Tensor) -> Tensor:
         return self.head.product(states, out=self.logits[: len(states)])
 
 
 def _add_product_(total: Tensor, logits: Tensor, states: Tensor, *, add: bool) -> None:
-    """total (+)= logits.T @ states. A narrow product is widened some rows at a time."""
+    """total (+)= logits.T @ states, accumulated in the dtype of the total."""
     if logits.dtype == total.dtype:
         torch.addmm(total, logits.t(), states, beta=float(add), out=total)
-        return
-    for start in range(0, len(total), SLICE):
-        part = slice(start, start + SLICE)
-        columns = logits[:, part].t()
-        half = logits.dtype == torch.float16
-        product = _float16_product(columns, states) if half else torch.mm(columns, states)
-        total[part].add_(product) if add else total[part].copy_(product)
+    elif _widens(total):
+        # One product, whose float32 sums are never rounded to a narrower dtype between chunks.
+        wide = total.dtype
+        torch.addmm(total, logits.t(), states, out_dtype=wide, beta=float(add), out=total)
+    else:
+        for start in range(0, len(total), SLICE):  # a narrow product is widened some rows at a time
+            part = slice(start, start + SLICE)
+            columns = logits[:, part].t()
+            half = logits.dtype == torch.float16
+            product = _float16_product(columns, states) if half else torch.mm(columns, states)
+            total[part].add_(product) if add else total[part].copy_(product)
 
 
 def _float16_product(a: Tensor, b: Tensor) -> Tensor:
@@ -297,6 +277,11 @@ def _float16_product(a: Tensor, b: Tensor) -> Tensor:
     In float16 the sum itself can overflow: one outlier dimension of the hidden states and a
     frequent label are enough. No loss scale could prevent it, since gradients are made in forward.
     """
-    if a.device.type == "cuda":
+    if _widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def _widens(tensor: Tensor) -> bool:
+    """Whether matrix products here can return another dtype than that of their factors."""
+    return tensor.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads()

@@ -96,7 +96,7 @@ def weigh(function: Any, alpha: float = 0.5, temperature: float = 1.0, shared: i
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "BLOCK_BYTES", 3 * 37 * 4)  # three rows of 37 ids
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 3 * 37 * 4)  # three rows of 37 ids
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -156,7 +156,7 @@ def test_any_shape_any_chunk_any_size(
     batch = Batch(targets, ids, teacher_ids, size=size)
     weights = weigh(FUNCTIONS[number], 0.5, temperature, batch.shared)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "BLOCK_BYTES", block * ids * 4)
+        patch.setattr(kernel, "BLOCK_BYTES", block * ids * 4)
         loss, values = batch.fused(weights, memory_mb=chunk * (ids + teacher_ids) * 4 / 2**20)
     gradients = torch.autograd.grad(loss, batch.inputs)
     assert loss.isfinite()

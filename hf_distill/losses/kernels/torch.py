@@ -10,6 +10,7 @@ and the gradient by the logits is that of w_ce * ce + w_divergence * T^2 * diver
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -18,12 +19,17 @@ from torch.nn import functional as F
 
 from hf_distill.losses.closed_forms import New, value_and_slope
 from hf_distill.losses.divergences import Divergence
-from hf_distill.losses.signals import Sampled, TopK
+from hf_distill.losses.linear_head import LogitTransform
+from hf_distill.losses.signals import Logits, Sampled, TopK
 from hf_distill.losses.weights import Weights
 
 # The least log-probability of an outcome that stands for several ids, or for an unused slot. Its
 # probability counts for nothing and is still a normal number in float32.
 LEAST = -80.0
+# A block of logits for one core: most of half a dozen such arrays stay in its caches.
+BLOCK_BYTES = 2**20
+# Float32 copies of a chunk's logits that exist together where a chunk is one block.
+COPIES = 8
 
 
 class Scratch:
@@ -50,6 +56,65 @@ class Scratch:
     def reuse(self) -> None:
         """Mark all buffers as free."""
         self.taken = 0
+
+
+class TorchKernel:
+    """The kernel of the fused head in plain PyTorch: every device, every divergence.
+
+    wide: the dtype of its arithmetic; device: of the logits
+    """
+
+    def __init__(self, wide: torch.dtype, device: torch.device) -> None:
+        self.wide = wide
+        self.scratch = Scratch(wide, device)
+        # On a CPU, chunks are worked on in blocks, and the scratch memory is that of a block.
+        self.extra_bytes = 0 if device.type == "cpu" else COPIES * wide.itemsize
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Logits | TopK | Sampled | None,
+        weights: Weights,
+        *,
+        transform: LogitTransform,
+        teacher_transform: LogitTransform,
+        gradient: bool,
+        factor: float = 1.0,
+    ) -> Mapping[str, Tensor]:
+        """See `kernels.interface.Kernel`."""
+        rows = len(logits)
+        if logits.device.type == "cpu":  # elsewhere one launch for all rows is faster
+            each = round(BLOCK_BYTES / (logits.shape[1] * self.wide.itemsize))
+            rows = max(1, each) * torch.get_num_threads()  # a thread works on whole rows
+        found = []
+        for start in range(0, max(len(logits), 1), max(rows, 1)):
+            part = slice(start, start + rows)
+            self.scratch.reuse()
+            block = transform(self._wide(logits[part]))
+            theirs: Tensor | TopK | Sampled | None = None
+            if isinstance(teacher, Logits):
+                theirs = teacher_transform(self._wide(teacher.logits[part]))
+            elif teacher is not None:
+                theirs = teacher[part]
+            if not gradient:
+                found.append(values(block, labels[part], theirs, weights[part], self.scratch))
+                continue
+            in_place = logits.dtype == self.wide and transform.cap is None
+            out = logits[part] if in_place else None
+            value, slopes = value_and_gradient(
+                block, labels[part], theirs, weights[part], out=out, new=self.scratch
+            )
+            transform.backward_(slopes, block)
+            if factor != 1.0:
+                slopes.mul_(factor)
+            if slopes is not out:
+                logits[part] = slopes
+            found.append(value)
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+    def _wide(self, logits: Tensor) -> Tensor:
+        return logits if logits.dtype == self.wide else self.scratch(logits).copy_(logits)
 
 
 def value_and_gradient(

@@ -1,0 +1,32 @@
+"""Choose the kernel of the fused head."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from hf_distill.losses.divergences import Divergence, built_in
+from hf_distill.losses.kernels.interface import Kernel
+from hf_distill.losses.kernels.torch import TorchKernel
+
+
+def kernel_for(wide: torch.dtype, device: torch.device, divergence: Divergence) -> Kernel:
+    """The Triton kernel on CUDA for the built-in divergences, the PyTorch kernel elsewhere.
+
+    wide: the dtype of the arithmetic; float64 is left to PyTorch
+    The environment variable HF_DISTILL_KERNEL=torch turns the Triton kernel off.
+    """
+    if (
+        device.type == "cuda"
+        and wide == torch.float32
+        and built_in(divergence) is not None
+        and os.environ.get("HF_DISTILL_KERNEL") != "torch"
+        and find_spec("triton") is not None
+    ):
+        # It comes with PyTorch on CUDA, and is imported only where it is used.
+        from hf_distill.losses.kernels.triton import TritonKernel
+
+        return TritonKernel()
+    return TorchKernel(wide, device)
