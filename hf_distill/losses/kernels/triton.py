@@ -70,6 +70,7 @@ class TritonKernel:
                 "GRADIENT": gradient,
                 "BLOCK": _power_of_two(ids, most=BLOCK),
                 "num_warps": WARPS,
+                "enable_fp_fusion": True,  # products and sums in one instruction
                 **_weight("ce", weights.ce),
                 **_weight("divergence", weights.divergence),
                 **_end("", transform),
