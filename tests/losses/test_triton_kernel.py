@@ -57,7 +57,8 @@ class Rows:
         memory = torch.randn(rows, ids + more + (5 if padded else 0)) * 3
         self.memory = memory.to(DEVICE, dtype)
         self.logits = self.memory[:, : ids + more]
-        self.teacher = (torch.randn(rows, ids + more // 2) * 3).to(DEVICE, dtype)
+        theirs = ids + (more // 2 if rows == 1 else 2 * more)
+        self.teacher = (torch.randn(rows, theirs) * 3).to(DEVICE, dtype)
         self.labels = torch.randint(0, ids, (rows,), device=DEVICE)
         self.shared = ids
 
