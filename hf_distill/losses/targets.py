@@ -59,14 +59,24 @@ class Targets:
         return torch.div(self.index, max(self.shape[1], 1), rounding_mode="floor")
 
 
-def targets_of(labels: Tensor, batch: Mapping[str, Any]) -> Targets:
+def index_of(labels: Tensor) -> Tensor:
+    """The places of the targets in the flattened labels, (targets,) int64, ascending.
+
+    labels: (rows, positions) int64, the label that each position predicts or `IGNORE`
+    Their number is the shape of the result, so that an accelerator is waited for.
+    """
+    return (labels.flatten() != IGNORE).nonzero()[:, 0]
+
+
+def targets_of(labels: Tensor, batch: Mapping[str, Any], index: Tensor | None = None) -> Targets:
     """The targets of a batch.
 
     labels: (rows, positions) int64, the label that each position predicts or `IGNORE`
     batch: for its weights, (rows,) or (rows, positions)
+    index: what `index_of` gives for these labels, where it is known; on their device
     """
     flat = labels.flatten()
-    index = (flat != IGNORE).nonzero()[:, 0]
+    index = index_of(labels) if index is None else index
     rows, positions = labels.shape
     given = {name: batch[name] for name in WEIGHTS if batch.get(name) is not None}
     weights = {

@@ -44,6 +44,7 @@ class HeadReplacement:
         self.module = _linear_head(model, adapter)
         self.transform = _logit_transform(model)
         self._probed = False
+        self._probes: dict[torch.device, Tensor] = {}
 
     def forward(
         self,
@@ -66,7 +67,7 @@ class HeadReplacement:
             head = LinearHead(self.module.weight, self.module.bias, self.transform)
             result, loss = use(hidden, head)
             results.append(result)
-            probe = torch.tensor(PROBE, device=hidden.device)
+            probe = self._probe(hidden.device)
             # Attached to the loss: engines wait for gradients of what a forward returns.
             logits = probe if loss is None else probe + 0.0 * loss.float()
             return logits.expand(*hidden.shape[:-1], len(PROBE))
@@ -105,6 +106,12 @@ class HeadReplacement:
         with _gathered(sharded), torch.no_grad():
             weight, *bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
             yield LinearHead(weight, bias[0] if bias else None, head.transform)
+
+    def _probe(self, device: torch.device) -> Tensor:
+        """The probe values on a device, copied there once: each copy would wait for the device."""
+        if device not in self._probes:
+            self._probes[device] = torch.tensor(PROBE, device=device)
+        return self._probes[device]
 
     def _check_probe(self, logits: Tensor) -> None:
         found = logits.detach().float().cpu()

@@ -36,7 +36,7 @@ def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader:
     reader: the model's role, used in the error message
     raises: InputError naming the largest unknown id that is not masked
     """
-    unknown = ids >= readable
+    unknown = (ids >= readable) | (ids < 0)
     real = unknown if attention_mask is None else unknown & (attention_mask != 0)
     if real.any():
         raise InputError(

@@ -57,6 +57,7 @@ class LiveTeacher:
         self.runner = ModelRunner(model, role, fused=not whole_logits, adapter=adapter)
         self.rows = self.runner.head_rows
         self.tokenizer = tokenizer or local_tokenizer(plain.config.name_or_path)
+        self.reads = self.runner.embedding_rows
         self.together = False
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
@@ -69,7 +70,7 @@ class LiveTeacher:
 
     def _follow(self, accelerator: Accelerator, student_reads: int) -> None:
         self.runner.autocast = accelerator.autocast
-        self.runner.may_meet_unknown_ids = student_reads > self.runner.embedding_rows
+        self.runner.may_meet_unknown_ids = student_reads > self.reads
 
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:

@@ -19,7 +19,8 @@ class Teacher(Protocol):
     name: an id for logs and model cards; rows: the number of ids that it predicts
     tokenizer: the teacher's own, if it is known, to check that the ids mean the same
     A teacher may have an attribute `together`. True means that all processes have to call `signal`
-    at once, because its weights are in shards.
+    at once, because its weights are in shards. With an attribute `reads`, the number of ids in its
+    embedding, the trainer's collator refuses rows with other ids.
     """
 
     name: str
@@ -29,7 +30,8 @@ class Teacher(Protocol):
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
         """Move the weights to where training needs them (device, shards). Called once.
 
-        student_reads: the number of ids in the student's embedding, which batches may hold
+        student_reads: the number of ids that batches may hold: those of the student's embedding,
+            or fewer where the trainer's collator has refused what this teacher cannot read
         """
 
     def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -110,10 +113,24 @@ class DistillationArguments(TrainingArguments):
         metadata={"help": "Passed to from_pretrained where the student is an id or a path."},
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Trainer's filter of losses that are not finite, which waits for the device "
+            "after each micro-batch. Without it such a loss ends the training, and one that fp16 "
+            "skips counts as the mean of the others in the log."
+        },
+    )
+
     def __post_init__(self) -> None:
         self.check_ranges()
+        chosen = _settings_named_by(self.accelerator_config)
         super().__post_init__()
         loading: Any = self.accelerator_config  # post-init has read any dictionary or JSON file
+        if "non_blocking" not in chosen:
+            # From pinned memory a batch is copied beside the step before. Without pinned memory
+            # copies wait in any case.
+            loading.non_blocking = self.dataloader_pin_memory
         if loading.dispatch_batches is None:
             # Each process reads its own rows of a stream. accelerate's default, one process that
             # joins the batches of all, fails where batches are padded to different widths.
@@ -177,3 +194,13 @@ class DistillationArguments(TrainingArguments):
         for name, (fits, allowed) in ranges.items():
             if not fits:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be {allowed}")
+
+
+def _settings_named_by(given: Any) -> Collection[str]:
+    """The settings in an `accelerator_config`: an object, a dictionary, JSON or its file."""
+    if given is None:
+        return ()
+    if isinstance(given, str | Path):
+        text = str(given)
+        given = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    return given if isinstance(given, Mapping) else vars(given)

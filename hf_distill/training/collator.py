@@ -1,4 +1,4 @@
-"""The collator around the user's: checks rows on the CPU and attaches their weights."""
+"""The collator around the user's: checks rows on the CPU, attaches weights and target index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.vocabulary import known_ids
 from hf_distill.recordings.collator import RecordingCollator
 from hf_distill.recordings.row_format import Header, tokenizer_hash
+from hf_distill.tasks import TARGET_INDEX, Task, has_labels
 from hf_distill.training.loss import DistillationLoss
+from hf_distill.training.target_index import TargetIndex
 
 
 @dataclass
@@ -27,16 +29,21 @@ class CheckingCollator:
     looking there would wait for the device. Here, on the CPU and in the workers, it costs nothing.
 
     collator: rows to a padded batch
+    task: decides which positions are targets
     embeddings: by role, how many ids each model can read; the student comes first
     head_rows: how many ids the student predicts
     end_of_text: the tokenizer's end-of-text token where it is also its padding token
+    indexed: attach the index of the targets (`training.target_index`); False where batches are
+        joined or cut after the collator
     raises: InputError naming the id
     """
 
     collator: Callable[[list[Any]], dict[str, Any]]
+    task: Task
     embeddings: Mapping[str, int]
     head_rows: int
     end_of_text: int | None = None
+    indexed: bool = True
     _said: set[str] = field(default_factory=set)
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
@@ -45,24 +52,31 @@ class CheckingCollator:
         batch = self.collator(plain)
         for name in given:
             batch[name] = _weights(name, rows, batch)
-        self._check(batch)
+        index = self.check(batch)
+        if self.indexed and index is not None:
+            batch[TARGET_INDEX] = TargetIndex(index)
         return batch
 
-    def _check(self, batch: dict[str, Any]) -> None:
+    def check(self, batch: Any) -> Tensor | None:
+        """Refuse what a model cannot read or predict; make padding a token that all models have.
+
+        returns: the index of the targets (`Task.target_index`), None for a batch without labels
+        """
         ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if isinstance(ids, Tensor):
-            for number, (role, rows) in enumerate(self.embeddings.items()):
-                known = known_ids(ids, mask, rows, f"the {role}")
-                if number == 0:  # the student's padding may be a token that it lacks
-                    batch["input_ids"] = known
-        if not isinstance(labels, Tensor):
-            return
-        if labels.numel() and int(labels.max()) >= self.head_rows:
-            raise InputError(
-                f"a label is the token id {int(labels.max())}, but the student predicts only "
-                f"{self.head_rows} ids: use the tokenizer that it was made for"
-            )
+            for role, rows in self.embeddings.items():
+                ids = known_ids(ids, mask, rows, f"the {role}")
+            batch["input_ids"] = ids
+        if not has_labels(batch):
+            return None
+        targets = self.task.targets(batch)
+        self._check_labels(targets.labels)
+        if isinstance(labels, Tensor):
+            self._look_at_padding(ids, labels, mask)
+        return targets.index
+
+    def _look_at_padding(self, ids: Any, labels: Tensor, mask: Tensor | None) -> None:
         if mask is not None and mask.shape == labels.shape:
             if bool(((mask == 0) & (labels != IGNORE)).any()):
                 self._say(
@@ -71,6 +85,15 @@ class CheckingCollator:
                 )
             if isinstance(ids, Tensor) and self.end_of_text is not None:
                 self._look_for_masked_ends(ids, labels, mask)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        wrong = (labels >= self.head_rows) | (labels < 0)
+        if bool(wrong.any()):
+            raise InputError(
+                f"a label is the token id {int(labels[wrong].max())}, but the student predicts "
+                f"only the ids 0 to {self.head_rows - 1} (and {IGNORE} is no label): use the "
+                "tokenizer that it was made for"
+            )
 
     def _look_for_masked_ends(self, ids: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Some collators mask every padding token, real end-of-text tokens among them."""
@@ -93,11 +116,12 @@ class CheckingCollator:
 def checking_collator(
     trainer: Any, loss: DistillationLoss, recorded: Header | None
 ) -> CheckingCollator:
-    """The trainer's collator, wrapped to read recordings and to check rows against the student.
+    """The trainer's collator, wrapped to read recordings and to check rows against the models.
 
     recorded: what the rows' recordings look like, None where they have none
     """
-    student, tokenizer, collator = loss.student, trainer.processing_class, trainer.data_collator
+    student, teacher = loss.student, loss.teacher
+    tokenizer, collator = trainer.processing_class, trainer.data_collator
     if recorded is not None:
         known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         expected = replace(recorded, tokenizer=tokenizer_hash(known))
@@ -105,8 +129,16 @@ def checking_collator(
         collator = RecordingCollator(collator, expected, mixed=mixed, task=loss.task)
     end = getattr(tokenizer, "eos_token_id", None)
     shared_end = end if end == getattr(tokenizer, "pad_token_id", None) else None
+    embeddings = {"student": student.embedding_rows}
+    # Where a subclass makes the teacher's inputs, its ids are not those of the batch.
+    if teacher is not None and not trainer.overrides("teacher_inputs"):
+        reads = getattr(teacher, "reads", student.embedding_rows)
+        if reads < student.embedding_rows:
+            embeddings[f"teacher {teacher.name!r}"] = reads
+    # accelerate's dispatcher joins batches and cuts the result.
+    apart = trainer.accelerator.dispatch_batches is False
     return CheckingCollator(
-        collator, {"student": student.embedding_rows}, student.head_rows, shared_end
+        collator, loss.task, embeddings, student.head_rows, shared_end, indexed=apart
     )
 
 

@@ -17,6 +17,7 @@ from hf_distill.models.runner import ModelRunner
 from hf_distill.recordings.reader import recorded_signal, without_recording
 from hf_distill.tasks import Task
 from hf_distill.teachers import Teacher
+from hf_distill.training.target_index import StepTargets
 
 Counts = dict[str, Tensor]
 
@@ -63,6 +64,7 @@ class DistillationLoss:
     """Computes the loss of micro-batches.
 
     teacher: None where batches carry recordings, or alpha is 0
+    step_targets: the index of the targets where the trainer's collator has made it
     teacher_inputs, extra_terms: the trainer's hooks
     auxiliary_weight: of the student's own auxiliary loss (`outputs.aux_loss`)
     """
@@ -70,6 +72,7 @@ class DistillationLoss:
     student: ModelRunner
     teacher: Teacher | None
     task: Task
+    step_targets: StepTargets
     teacher_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     extra_terms: Callable[[Mapping[str, Any], Any], dict[str, Term]]
     auxiliary_weight: float = 0.0
@@ -93,7 +96,7 @@ class DistillationLoss:
         raises: InputError where alpha is above 0 and there is neither teacher nor recording
         """
         self.student.check_length(batch)  # before the teacher, which may take fewer tokens
-        targets = self.task.targets(batch)
+        targets = self.task.targets(batch, self.step_targets.find(batch))
         inputs = self.task.model_inputs(without_recording(batch))
         signal = None
         if objective.alpha > 0 or not model.training:

@@ -17,12 +17,14 @@ from hf_distill.models.base import base_model
 from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
-from hf_distill.models.vocabulary import shared_vocabulary
+from hf_distill.models.vocabulary import shared_vocabulary, suppress_unused_ids
 from hf_distill.recordings.reader import check_recording
 from hf_distill.recordings.row_format import Header
 from hf_distill.tasks import find_task
 from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
+from hf_distill.training.loss import DistillationLoss
+from hf_distill.training.target_index import StepTargets
 
 
 def check_arguments(args: Any, others: dict[str, Any]) -> DistillationArguments:
@@ -88,6 +90,23 @@ def make_runner(model: Any, args: DistillationArguments, *, own_terms: bool) -> 
         runner.use_whole_logits("it is compiled as a whole")
     runner.may_meet_unknown_ids = False  # the collator refuses them
     return runner
+
+
+def make_loss(trainer: Any) -> DistillationLoss:
+    """The loss of a trainer's student and teacher."""
+    suppress_unused_ids(base_model(trainer.model), trainer.processing_class)
+    task = find_task(trainer.model, "student")
+    return DistillationLoss(
+        student=make_runner(
+            trainer.model, trainer.args, own_terms=trainer.overrides("extra_terms")
+        ),
+        teacher=trainer.teacher,
+        task=task,
+        step_targets=StepTargets(task),
+        teacher_inputs=trainer.teacher_inputs,
+        extra_terms=trainer.extra_terms,
+        auxiliary_weight=auxiliary_weight(trainer.model),
+    )
 
 
 def make_teacher(

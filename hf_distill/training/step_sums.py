@@ -3,52 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_distill.errors import InputError, warn_once
+from hf_distill.training.checkpoints import last_complete_checkpoint
 
 
 class StepSums:
     """Adds up the parts of the objective by micro-batch and by optimizer step.
 
-    A step whose loss is not finite stops all processes together, before the optimizer sees it. Its
-    check is the only host synchronisation, once an optimizer step.
+    A step whose loss is not finite stops all processes together, before the optimizer sees it. The
+    result of this check is copied to the host while the device works on, once an optimizer step.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, args: TrainingArguments) -> None:
+        self.args = args
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, as at the start of a training."""
         self.steps = 0
         self._finished: dict[str, Tensor] = {}
-        self._reset_step()
-
-    def _reset_step(self) -> None:
+        self._checked: tuple[int, HostCopy] | None = None
         self._step: dict[str, Tensor] = {}
-        self._not_finite = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._not_finite = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def add(self, parts: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add a micro-batch: its share of each part's mean over the step, and its loss."""
         self._step = _added(self._step, parts)
         self._not_finite = self._not_finite | ~loss.isfinite()
 
-    def finish_step(self, accelerator: Accelerator, step: int, last_checkpoint: str | None) -> None:
-        """Close an optimizer step, at its last micro-batch.
+    def start_check(self, accelerator: Accelerator, step: int) -> None:
+        """Ask all processes whether a step is finite, after the forward of its last micro-batch.
+
+        The answer is read by `finish_step`, after the host has started the backward: reading it
+        here would leave the device without work.
+        """
+        parts = torch.stack(list(self._step.values()))
+        flags = torch.cat([self._not_finite[None], ~parts.isfinite()]).to(torch.int32)
+        self._checked = step, HostCopy(accelerator.reduce(flags, "sum"))
+
+    def finish_step(self, accelerator: Accelerator) -> None:
+        """Close an optimizer step whose check was started; nothing to do where none was.
 
         Under float16 a loss scale that is too large makes single steps infinite. Such a step is
         left to the GradScaler, which skips it and lowers the scale, as long as it can.
         raises: InputError on all processes, with the likely cause and the last good checkpoint
         """
-        parts = torch.stack(list(self._step.values()))
-        flags = torch.cat([self._not_finite[None], ~parts.isfinite()]).to(torch.int32)
-        loss_is_bad, ce_is_bad, *_ = accelerator.reduce(flags, "sum").tolist()
+        if self._checked is None:
+            return
+        step, answer = self._checked
+        loss_is_bad, ce_is_bad, *_ = answer.read()
+        finished, self._step, self._checked = self._step, {}, None
+        self._not_finite = torch.zeros_like(self._not_finite)
         if not loss_is_bad:
-            self._finished = _added(self._finished, self._step)
+            self._finished = _added(self._finished, finished)
             self.steps += 1
         elif _scale_can_fall(accelerator):
             warn_once("The loss of step %s is not finite: fp16 skips it, at a lower scale.", step)
@@ -60,11 +74,11 @@ class StepSums:
                 else "the student's cross-entropy is finite, so the teacher's logits are not: load "
                 "the teacher in bfloat16 or float32 (teacher_model_kwargs)"
             )
+            last = last_complete_checkpoint(str(self.args.output_dir))
             raise InputError(
                 f"the loss is not finite at step {step}: {cause}; "
-                f"last good checkpoint: {last_checkpoint or 'none yet'}"
+                f"last good checkpoint: {last or 'none yet'}"
             )
-        self._reset_step()
 
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
         """The mean of each part over the steps since the last call and over all processes."""
@@ -75,6 +89,24 @@ class StepSums:
         found = dict(zip(self._finished, values, strict=True))
         self._finished, self.steps = {}, 0
         return found
+
+
+class HostCopy:
+    """A tensor on its way to the host, which works on meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Only on these devices is the copy known to run beside the host.
+        beside = tensor.device.type in ("cuda", "xpu")
+        self._tensor = tensor.to("cpu", non_blocking=True) if beside else tensor
+        self._done = torch.Event(tensor.device) if beside else None
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> list[Any]:
+        """The values. Waits for the copy, not for work that was given to the device after it."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensor.tolist()
 
 
 def _added(sums: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

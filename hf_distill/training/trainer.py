@@ -22,16 +22,14 @@ from hf_distill.errors import InputError
 from hf_distill.losses.divergences import Divergence, named_divergence
 from hf_distill.losses.objective import Objective, Term
 from hf_distill.losses.targets import WEIGHTS, total_counts
-from hf_distill.models.base import base_model
-from hf_distill.models.vocabulary import suppress_unused_ids
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.recordings.row_format import COLUMN
 from hf_distill.reporting.model_card import write_card
-from hf_distill.tasks import find_task, has_labels
+from hf_distill.tasks import has_labels
 from hf_distill.teachers import Teacher
 from hf_distill.training import artifacts, setup
 from hf_distill.training.arguments import DistillationArguments
-from hf_distill.training.checkpoints import checkpoint_to_resume, last_complete_checkpoint
+from hf_distill.training.checkpoints import checkpoint_to_resume
 from hf_distill.training.collator import checking_collator
 from hf_distill.training.datasets import prepare_datasets
 from hf_distill.training.evaluation_sums import EvaluationSums
@@ -77,25 +75,14 @@ class DistillationMixin(Trainer):
         super().__init__(model=student, args=args, **others)
         for line in done:
             self.accelerator.print(line)
-        self._sums, self._evaluation = StepSums(self.args.device), EvaluationSums()
+        self._sums, self._evaluation = StepSums(self.args), EvaluationSums()
         self._parts_to_log: dict[str, float] = {}
-        self._loss = self._make_loss()
+        self._loss = setup.make_loss(self)
         self._objective = setup.make_objective(self, self._loss.student.head_rows, self._recorded)
+        self.data_collator = self._checks = checking_collator(self, self._loss, self._recorded)
         if self.teacher is not None:
-            self.teacher.prepare(self.accelerator, student_reads=self._loss.student.embedding_rows)
-        self.data_collator = checking_collator(self, self._loss, self._recorded)
-
-    def _make_loss(self) -> DistillationLoss:
-        own_terms = type(self).extra_terms is not DistillationMixin.extra_terms
-        suppress_unused_ids(base_model(self.model), self.processing_class)
-        return DistillationLoss(
-            student=setup.make_runner(self.model, self.args, own_terms=own_terms),
-            teacher=self.teacher,
-            task=find_task(self.model, "student"),
-            teacher_inputs=self.teacher_inputs,
-            extra_terms=self.extra_terms,
-            auxiliary_weight=setup.auxiliary_weight(self.model),
-        )
+            known_ids = min(self._checks.embeddings.values())
+            self.teacher.prepare(self.accelerator, student_reads=known_ids)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As Trainer's. A model that is made anew has another head, and is checked as the first."""
@@ -103,10 +90,14 @@ class DistillationMixin(Trainer):
         setup.check_student(model)
         if hasattr(self, "_loss"):  # not the first, for which the constructor does it
             self.model = model
-            self._loss = self._make_loss()
+            self._loss = setup.make_loss(self)
         return model
 
     # ---- Hooks for subclasses ----
+
+    def overrides(self, hook: str) -> bool:
+        """Whether a subclass overrides a method of this class."""
+        return getattr(type(self), hook) is not getattr(DistillationMixin, hook)
 
     def choose_divergence(self) -> Divergence:
         """The divergence to minimise: the one passed in, or the one that the arguments name."""
@@ -166,16 +157,35 @@ class DistillationMixin(Trainer):
         if model.training:
             self._sums.add(parts, loss.detach())
             if self.accelerator.sync_gradients:
-                step, folder = self.state.global_step + 1, str(self.args.output_dir)
-                self._sums.finish_step(self.accelerator, step, last_complete_checkpoint(folder))
+                self._sums.start_check(self.accelerator, self.state.global_step + 1)
+            if self.is_deepspeed_enabled:  # its backward takes the optimizer step
+                self._sums.finish_step(self.accelerator)
         return (loss, batch.outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's. A loss that is not finite ends the training before the optimizer step."""
+        loss = super().training_step(*args, **kwargs)
+        self._sums.finish_step(self.accelerator)
+        if self.accelerator.scaler is not None:
+            # A step that fp16 skips is logged as the mean of the others, as by Trainer's filter.
+            steps = 1 + self.state.global_step - self._globalstep_last_logged
+            loss = torch.where(loss.isfinite(), loss, self._tr_loss / steps)
+        return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the index of the targets is taken out of each batch and kept beside it."""
+        batches, counts = super().get_batch_samples(*args, **kwargs)
+        self._loss.step_targets.take(batches, self._checks.check)
+        return batches, counts
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's, which under DeepSpeed rounds a batch to the model's dtype; not these."""
         exact = inputs.keys() & {*ALL_NAMES, *WEIGHTS}
         kept = {name: inputs[name].to(self.args.device) for name in exact}
         rest = {name: value for name, value in inputs.items() if name not in exact}
-        return {**super()._prepare_inputs(rest), **kept}
+        moved = {**super()._prepare_inputs(rest), **kept}
+        self._loss.step_targets.follow(inputs, moved)
+        return moved
 
     def _set_signature_columns_if_needed(self) -> None:
         """As Trainer's, which drops the columns that a model does not take, except for these."""

@@ -344,21 +344,25 @@ def test_a_barrier_before_the_last_file(tmp_path: Path, monkeypatch: pytest.Monk
 # ---- float16 ----
 
 
-def test_a_step_that_only_fp16_spoils_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_only_fp16_spoils_is_skipped(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     scale = [2.0]
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale[0])
     fp16 = SimpleNamespace(scaler=scaler, reduce=lambda tensor, _: tensor)
-    sums = StepSums(torch.device("cpu"))
+    sums = StepSums(arguments(tmp_path))
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
     for value in (good, bad, good):
         sums.add({"ce": value}, value)
-        sums.finish_step(fp16, 1, None)  # type: ignore[arg-type]
+        sums.start_check(fp16, 1)  # type: ignore[arg-type]
+        sums.finish_step(fp16)  # type: ignore[arg-type]
     assert "fp16 skips it" in caplog.text
     assert sums.pop_means(fp16) == {"ce": 1.0}  # type: ignore[arg-type]
     scale[0] = 0.5  # nothing is left to lower
     sums.add({"ce": bad}, bad)
+    sums.start_check(fp16, 7)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the loss is not finite at step 7"):
-        sums.finish_step(fp16, 7, None)  # type: ignore[arg-type]
+        sums.finish_step(fp16)  # type: ignore[arg-type]
 
 
 # ---- Trackers ----
