@@ -54,13 +54,15 @@ def every_case() -> list[Case]:
     return [Case(*values) for values in itertools.product(*AXES.values())]
 
 
-def every_pair() -> list[Case]:
+def every_pair(axes: dict[str, list[Any]] = AXES, kind: Any = Case) -> list[Any]:
     """A few cases that together hold every pair of values of every two axes, chosen greedily."""
 
-    def pairs(case: Case) -> set[tuple[Any, ...]]:
+    def pairs(case: Any) -> set[tuple[Any, ...]]:
         return set(itertools.combinations(asdict(case).items(), 2))
 
-    left = {case: pairs(case) for case in every_case()}
+    left = {
+        case: pairs(case) for case in itertools.starmap(kind, itertools.product(*axes.values()))
+    }
     missing = set().union(*left.values())
     chosen = []
     while missing:

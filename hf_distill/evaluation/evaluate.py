@@ -35,8 +35,7 @@ from hf_distill.losses.targets import Targets
 from hf_distill.models import vocabulary
 from hf_distill.models.engines import one_accelerator
 from hf_distill.models.from_scratch import max_positions
-from hf_distill.models.runner import ModelRunner
-from hf_distill.tasks import find_task, has_labels
+from hf_distill.tasks import find_task
 from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
 
 Batch = Mapping[str, Any]
@@ -101,7 +100,7 @@ class _Pair:
         self.plain = accelerator.unwrap_model(student)
         self.task = find_task(self.plain, "student")
         self.wrapped = student.eval()
-        self.student = ModelRunner(self.plain, "model")
+        self.student = self.task.runner(self.plain, "model")
         self.student.autocast = accelerator.autocast
         found = None if teacher is student else as_teacher(teacher)
         if found is not None:
@@ -118,9 +117,9 @@ class _Pair:
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """The number of ids that mean the same to both; InputError if their tokens differ."""
         if self.teacher is None:
-            return self.student.head_rows
+            return self.student.outcomes
         return vocabulary.shared_vocabulary(
-            self.student.head_rows, self.teacher.rows, tokenizer, self.teacher.tokenizer
+            self.student.outcomes, self.teacher.rows, tokenizer, self.teacher.tokenizer
         )
 
     def logits(self, batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +152,7 @@ def _quality(
     metrics: list[RowMetric] = [Perplexity(), BitsPerByte(), CalibrationError()]
     rows = targets = 0
     for batch in batches:
-        if not has_labels(batch):
+        if not pair.task.has_labels(batch):
             raise InputError(
                 f"the evaluation batch has no labels, only {', '.join(batch)}: add a labels "
                 "column, or pass a data_collator that makes one"

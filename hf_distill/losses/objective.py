@@ -99,6 +99,9 @@ class Objective:
                 student.states, student.head, targets.labels, teacher, weights,
                 scale=scale, memory_mb=memory,
             )  # fmt: skip
+        elif targets.labels.is_floating_point():
+            loss, values = squared_error(student.logits, targets.labels, teacher, weights)
+            loss = loss * scale
         else:
             loss, values = plain_loss(student.logits, targets.labels, teacher, weights)
             loss = loss * scale
@@ -152,6 +155,31 @@ def plain_loss(
                 values["top1_agreement"] = same.float()
         divergence = weighted_sum(values["divergence"], weights.divergence, dtype)
         loss = loss + temperature**2 * divergence
+    return loss, {name: value.detach() for name, value in values.items()}
+
+
+def squared_error(
+    predicted: Tensor, labels: Tensor, teacher: Signal | None, weights: Weights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`plain_loss` for numbers: means of normal distributions with variance 1/2.
+
+    Their cross-entropy with a label is the squared error, up to a constant. Both KLs between two
+    of them, with means divided by T and the result multiplied by T^2, are it for every T.
+
+    predicted: (targets, 1); labels: (targets,); teacher: its numbers as `Logits`
+    """
+    dtype = accumulator(predicted)
+    wide = predicted[:, 0] if predicted.dtype == torch.float64 else predicted[:, 0].float()
+    values = {"ce": (wide - labels).square()}
+    loss = weighted_sum(values["ce"], weights.ce, dtype)
+    if teacher is not None:
+        assert isinstance(teacher, Logits)
+        theirs = teacher.logits[:, 0].to(wide.dtype)
+        difference = (wide - theirs).square()
+        values["divergence"] = difference / weights.temperature**2
+        loss = loss + weighted_sum(difference, weights.divergence, dtype)
+        if not torch.is_grad_enabled():
+            values["teacher_ce"] = (theirs - labels).square()
     return loss, {name: value.detach() for name, value in values.items()}
 
 

@@ -27,7 +27,7 @@ class Targets:
     """The targets of one batch, row after row.
 
     index: (targets,) int64, places in the flattened (rows * positions)
-    labels: (targets,) int64
+    labels: (targets,) int64; float32 where the student predicts numbers
     shape: rows and positions of the batch
     ce_weight, divergence_weight: (targets,) float32; None where every target counts 1
     """
@@ -68,22 +68,23 @@ def index_of(labels: Tensor) -> Tensor:
     return (labels.flatten() != IGNORE).nonzero()[:, 0]
 
 
-def targets_of(labels: Tensor, batch: Mapping[str, Any], index: Tensor | None = None) -> Targets:
+def targets_of(
+    labels: Tensor, weights: Mapping[str, Tensor], index: Tensor | None = None
+) -> Targets:
     """The targets of a batch.
 
-    labels: (rows, positions) int64, the label that each position predicts or `IGNORE`
-    batch: for its weights, (rows,) or (rows, positions)
+    labels: (rows, positions), the label that each position predicts or `IGNORE`
+    weights: by the names in `WEIGHTS`, (rows,) or (rows, positions) each
     index: what `index_of` gives for these labels, where it is known; on their device
     """
     flat = labels.flatten()
     index = index_of(labels) if index is None else index
     rows, positions = labels.shape
-    given = {name: batch[name] for name in WEIGHTS if batch.get(name) is not None}
-    weights = {
+    of_targets = {
         name: _by_position(weight, labels).flatten().index_select(0, index).float()
-        for name, weight in given.items()
+        for name, weight in weights.items()
     }
-    return Targets(index, flat.index_select(0, index), (rows, positions), **weights)
+    return Targets(index, flat.index_select(0, index), (rows, positions), **of_targets)
 
 
 def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
@@ -105,19 +106,20 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
     return labels.masked_fill((mask == 0) | (predicted == 0), IGNORE)
 
 
-def count_by_row(labels: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def count_by_row(labels: Tensor, mask: Tensor | None, weights: Mapping[str, Tensor]) -> Tensor:
     """The counts named in `DENOMINATORS` for each row, (rows, 5) int64.
 
     labels: (rows, positions), the label that each position predicts or `IGNORE`
+    mask: the attention mask, (rows, tokens) if it is to be counted; weights: see `targets_of`
     """
     targets = labels != IGNORE
-    mask = batch.get("attention_mask")
-    attended = torch.ones_like(labels)
+    attended = torch.ones_like(targets)
     if mask is not None and mask.dim() == 2:
-        attended = (mask != 0).to(labels.dtype)
-    counts = [targets.sum(-1), attended.sum(-1), labels.new_ones(len(labels))]
+        attended = mask != 0
+    ones = torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+    counts = [targets.sum(-1), attended.sum(-1), ones]
     for name in WEIGHTS:
-        weight = batch.get(name)
+        weight = weights.get(name)
         counted = targets if weight is None else targets & (_by_position(weight, labels) != 0)
         counts.append(counted.sum(-1))
     return torch.stack(counts, dim=-1)

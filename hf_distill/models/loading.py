@@ -6,38 +6,48 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_distill.errors import InputError
+from hf_distill.models.heads import loader
 
 
-def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a Hub id or a local folder.
+def load_model(
+    name: str | Path, role: str, task: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A model with a head from a Hub id or a local folder.
 
     role: "teacher", "student", ..., for the error message
+    task: the key of a task, by default that of the class it was saved from; for none of them
+        causal language modelling
     kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...)
-    raises: InputError if it cannot be reached or has no language-model head
+    raises: InputError if it cannot be reached, or has no head of its own. A student may be given a
+        new head for classes or answers, which it will learn
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(name), output_loading_info=True, **kwargs
-        )
+        kind = loader(str(name), task, **kwargs)
+        loaded: Any = kind.from_pretrained(str(name), output_loading_info=True, **kwargs)
         model, report = loaded
     except (OSError, ValueError) as error:
         raise InputError(not_found(role, name, error)) from error
-    head = model.get_output_embeddings()
+    missing, head = set(report["missing_keys"]), model.get_output_embeddings()
     if head is None:
-        raise InputError(f"{role} {str(name)!r} has no language-model head: a divergence needs one")
-    missing = set(report["missing_keys"])
+        new = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
+        if role != "student" and new:
+            raise InputError(
+                f"{role} {str(name)!r} was saved without the head of a {type(model).__name__} "
+                f"({sorted(new)[0]} is missing), so that its predictions would be random: give a "
+                "checkpoint that was trained for this task"
+            )
+        return model
     weights = model.state_dict(keep_vars=True)  # the parameters themselves, not detached copies
     if missing & {key for key, value in weights.items() if value is head.weight}:
         raise InputError(
             f"{role} {str(name)!r} was saved without a language-model head, so its predictions "
-            "would be random: give a checkpoint of a causal language model"
+            "would be random: give a checkpoint of a language model"
         )
     return model
 

@@ -23,6 +23,7 @@ from hf_distill.losses.linear_head import LinearHead, LogitTransform
 
 T = TypeVar("T")
 
+LATE_BIAS = "final_logits_bias"
 # Returned in place of logits: small and large values, so that scaling and capping both show.
 PROBE = (-60.0, -1.0, 0.0, 0.5, 60.0)
 
@@ -42,6 +43,7 @@ class HeadReplacement:
 
     def __init__(self, model: PreTrainedModel, adapter: str | None = None) -> None:
         self.module = _linear_head(model, adapter)
+        self._late = _LateBias(model) if LATE_BIAS in model._buffers else None
         self.transform = _logit_transform(model)
         self._probed = False
         self._probes: dict[torch.device, Tensor] = {}
@@ -64,7 +66,7 @@ class HeadReplacement:
         results: list[T] = []
 
         def in_place_of_the_head(hidden: Tensor) -> Tensor:
-            head = LinearHead(self.module.weight, self.module.bias, self.transform)
+            head = LinearHead(self.module.weight, self._bias(), self.transform)
             result, loss = use(hidden, head)
             results.append(result)
             probe = self._probe(hidden.device)
@@ -74,7 +76,8 @@ class HeadReplacement:
 
         self.module.forward = in_place_of_the_head  # type: ignore[method-assign, assignment]
         try:
-            outputs = model(**inputs, use_cache=False)
+            with nullcontext() if self._late is None else self._late.moved():
+                outputs = model(**inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -99,7 +102,7 @@ class HeadReplacement:
 
         With a sharded head, a collective of all processes.
         """
-        parts = [part for part in (self.module.weight, self.module.bias) if part is not None]
+        parts = [part for part in (self.module.weight, self._bias()) if part is not None]
         # Inside the student's forward ZeRO-3 may already have gathered the weight; releasing it
         # here would break its bookkeeping.
         sharded = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
@@ -113,12 +116,44 @@ class HeadReplacement:
             self._probes[device] = torch.tensor(PROBE, device=device)
         return self._probes[device]
 
+    def _bias(self) -> Tensor | None:
+        return self.module.bias if self._late is None else self._late.bias
+
     def _check_probe(self, logits: Tensor) -> None:
         found = logits.detach().float().cpu()
         expected = self.transform(torch.tensor(PROBE)).expand_as(found)
         # Values that are not finite come from the loss, which has a check of its own.
         if found.isfinite().all() and not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
             raise UnsupportedHead("it changes its logits in a way that its config does not state")
+
+
+class _LateBias:
+    """The bias that BART and its relatives add to the logits after the head.
+
+    It is a buffer of the model, (1, ids), and becomes the bias of the replaced head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._buffers = model._buffers
+        self._kept: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor:
+        """(ids,)"""
+        found = self._buffers[LATE_BIAS] if self._kept is None else self._kept
+        assert found is not None
+        return found[0]
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """For one forward the model adds nothing after the head."""
+        kept = self._buffers[LATE_BIAS]
+        assert kept is not None
+        self._kept, self._buffers[LATE_BIAS] = kept, kept.new_zeros(1, 1)
+        try:
+            yield
+        finally:
+            self._buffers[LATE_BIAS], self._kept = kept, None
 
 
 def _gathered(parameters: list[Any]) -> Any:

@@ -8,7 +8,7 @@ model cannot read, follows autocast, replaces the output head, and falls back to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -37,6 +37,9 @@ class ModelRunner:
 
     model: a transformers or `peft` model, not yet wrapped by an engine
     role: "student", "teacher 'gpt2'", for messages
+    outcomes: how many the logits are for, by default the rows of the output head
+    read: the logits of a forward, (rows, positions, outcomes), of its outputs and the batch
+    withheld: entries of a batch that are for `read` only
     fused: hand over the inputs of the output head where it can be replaced, instead of logits
     adapter: see `HeadReplacement`
     strict: hand every column of a batch to the forward, which refuses unknown ones, as Trainer does
@@ -47,19 +50,27 @@ class ModelRunner:
         model: Any,
         role: str,
         *,
+        outcomes: int | None = None,
+        read: Callable[[Any, Mapping[str, Any]], Tensor] = lambda outputs, inputs: outputs.logits,
+        withheld: Collection[str] = (),
         fused: bool = True,
         adapter: str | None = None,
         strict: bool = False,
     ) -> None:
         self.model, self.role = model, role
         plain: Any = base_model(model)
-        self.head_rows, self.embedding_rows = head_rows(plain), embedding_rows(plain)
+        self.outcomes = head_rows(plain) if outcomes is None else outcomes
+        self.embedding_rows = embedding_rows(plain)
+        self._read, self._withheld = read, frozenset(withheld)
         self.position_limit = position_limit(plain)
         parameters = inspect.signature(plain.forward).parameters
         # A forward of `**kwargs` alone names nothing to filter by.
         self._accepted = None if strict or "input_ids" not in parameters else set(parameters)
         if self._accepted is not None and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             self._accepted |= PACKING
+        # Encoders have no cache. Their forwards would hand the keyword on to their layers.
+        caches = "use_cache" in parameters or "input_ids" not in parameters
+        self._options = {"use_cache": False} if caches else {}
         self._positions = PositionCounter(plain)
         self._padding_is_unchecked = True
         self.may_meet_unknown_ids = True
@@ -98,7 +109,7 @@ class ModelRunner:
         returns: the result, the model's outputs, and where the head was replaced a 0-dim zero to
             be added to the loss, for hooks that wait for the gradient of the outputs
         """
-        inputs = self.inputs(batch)
+        inputs = self.inputs(batch) | self._options
         try:
             if self._head is not None and not whole_logits:
                 gather = self._head.gathered
@@ -111,11 +122,11 @@ class ModelRunner:
                     return result, outputs, 0.0 * outputs.logits.sum()
                 except UnsupportedHead as reason:
                     self.use_whole_logits(reason)
-            outputs = model(**inputs, use_cache=False)
+            outputs = model(**inputs)
         except IndexError:
             self._explain(inputs)
             raise
-        result, _ = use(Logits(targets.select(outputs.logits)))
+        result, _ = use(Logits(targets.select(self._read(outputs, batch))))
         return result, outputs, None
 
     @torch.no_grad()
@@ -144,7 +155,11 @@ class ModelRunner:
         raises: InputError for a row that is too long, or that has an id the embedding lacks
         """
         accepted = self._accepted
-        inputs = {k: v for k, v in batch.items() if accepted is None or k in accepted}
+        inputs = {
+            k: v
+            for k, v in batch.items()
+            if (accepted is None or k in accepted) and k not in self._withheld
+        }
         ids, mask = inputs.get("input_ids"), batch.get("attention_mask")
         self.check_length(batch)
         # On an accelerator this waits for the device, so only where it can be needed.
@@ -176,9 +191,11 @@ class ModelRunner:
 
     def check_length(self, batch: Mapping[str, Any]) -> None:
         """InputError for rows that are longer than the model's table of positions."""
-        limit, ids = self.position_limit, batch.get("input_ids")
-        if limit is not None and ids is not None and ids.shape[-1] > limit:
-            raise InputError(_too_long(ids.shape[-1], self.role, limit))
+        limit = self.position_limit
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = batch.get(name)
+            if limit is not None and ids is not None and ids.shape[-1] > limit:
+                raise InputError(_too_long(ids.shape[-1], self.role, limit))
 
     def _explain(self, inputs: Mapping[str, Any]) -> None:
         """InputError for an IndexError that a row beyond the stated positions explains."""

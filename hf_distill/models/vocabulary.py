@@ -78,9 +78,16 @@ def shared_vocabulary(
     missing, one warning says that the tokens were not compared.
     raises: InputError naming the first token that differs
     """
-    shared = min(student_rows, teacher_rows)
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
-    shared = min([shared, *map(len, known)])
+    compare_tokens(student_tokenizer, teacher_tokenizer)
+    return min([student_rows, teacher_rows, *map(len, known)])
+
+
+def compare_tokens(
+    student_tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """InputError where an id is not the same token to both; a warning where one is not known."""
     if student_tokenizer is None or teacher_tokenizer is None:
         missing = ("student", "processing_class")
         if student_tokenizer is not None:
@@ -90,7 +97,7 @@ def shared_vocabulary(
             "not known; pass %s to have them checked.",
             *missing,
         )
-        return shared
+        return
     difference = first_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:
         index, ours, theirs = difference
@@ -99,7 +106,6 @@ def shared_vocabulary(
             f"student and {theirs!r} for the teacher, so their distributions cannot be compared; "
             "use a student with the teacher's tokenizer"
         )
-    return shared
 
 
 def suppress_unused_ids(model: PreTrainedModel, tokenizer: Any) -> None:

@@ -12,31 +12,67 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from hf_distill.errors import InputError
+from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.targets import WEIGHTS, Targets, count_by_row, index_of, targets_of
+from hf_distill.models.base import base_model
+from hf_distill.models.runner import ModelRunner
+from hf_distill.models.vocabulary import head_rows
 
 # The entry of a batch with the index of its targets (`training.target_index`).
 TARGET_INDEX = "target_index"
-# What a batch holds for the objective alone; the forward of a model never sees it.
-LABELS = ("labels", "shift_labels", *WEIGHTS, TARGET_INDEX)
 
 
 class Task(ABC):
     """What a model predicts.
 
-    name: for logs and errors
+    A target is a place in a table (rows, positions). At each the model has logits over some
+    outcomes: the ids of a vocabulary, classes, or the positions of a row.
+
+    key: for `task=` and recipes; name: for logs and errors
+    fused: the logits come from an output head over a vocabulary, which the fused head replaces
+    aligned: positions are those of `input_ids`
+    label_names: the entries of a batch that hold labels
+    withheld: further entries that a forward does not take
     reads: the entries of a batch that decide which positions are targets
+    not_recorded: why a teacher of this task cannot be recorded, as the end of a sentence
     """
 
+    key: ClassVar[str]
     name: ClassVar[str]
+    fused: ClassVar[bool] = True
+    aligned: ClassVar[bool] = True
+    label_names: ClassVar[tuple[str, ...]] = ("labels", "shift_labels")
+    withheld: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ("labels", "shift_labels", "attention_mask")
+    not_recorded: ClassVar[str | None] = None
 
+    @classmethod
     @abstractmethod
-    def refusal(self, model: Any) -> str | None:
+    def refusal(cls, model: Any) -> str | None:
         """Why this model does not fit the task, as the end of a sentence; None if it fits."""
+
+    @classmethod
+    def of(cls, model: Any) -> Task:
+        """The task of a model that fits it, with what its config says about labels."""
+        return cls()
+
+    # ---- Batches ----
 
     @abstractmethod
     def labels(self, batch: Mapping[str, Any]) -> Tensor:
-        """The label that each position predicts, (rows, positions) int64, `IGNORE` for none."""
+        """The label that each position predicts, (rows, positions), `IGNORE` for none.
+
+        int64, or for regression float32
+        """
+
+    def weights(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The weights of a batch's targets by name, (rows,) or (rows, positions) each."""
+        return {name: batch[name] for name in WEIGHTS if batch.get(name) is not None}
+
+    def has_labels(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch has labels at all."""
+        return any(batch.get(name) is not None for name in self.label_names)
 
     def target_index(self, batch: Mapping[str, Any]) -> Tensor:
         """The places of the targets in (rows * positions), (targets,) int64, ascending.
@@ -51,17 +87,58 @@ class Task(ABC):
 
         index: the `target_index` of this batch, on its device; by default it is made here
         """
-        return targets_of(self.labels(batch), batch, index)
+        return targets_of(self.labels(batch), self.weights(batch), index)
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """The counts of `losses.targets.DENOMINATORS` for each row, (rows, counts) int64."""
-        return count_by_row(self.labels(batch), batch)
+        mask = batch.get("attention_mask")
+        return count_by_row(self.labels(batch), mask, self.weights(batch))
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a batch that a model's forward may see: all but labels and weights."""
-        return {name: value for name, value in batch.items() if name not in LABELS}
+        """What a model may see of a batch: all but labels and weights."""
+        withheld = {*self.label_names, *WEIGHTS, TARGET_INDEX}
+        return {name: value for name, value in batch.items() if name not in withheld}
 
+    def check(self, batch: Mapping[str, Any], targets: Targets, outcomes: int) -> None:
+        """InputError for a label that is none of the outcomes. All on the CPU."""
+        labels = targets.labels
+        wrong = (labels >= outcomes) | (labels < 0)
+        if bool(wrong.any()):
+            raise InputError(self._wrong_label(int(labels[wrong].max()), outcomes))
 
-def has_labels(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch has labels at all."""
-    return any(batch.get(name) is not None for name in ("labels", "shift_labels"))
+    def _wrong_label(self, label: int, outcomes: int) -> str:
+        return (
+            f"a label is the token id {label}, but the student predicts only the ids 0 to "
+            f"{outcomes - 1} (and -100 is no label): use the tokenizer that it was made for"
+        )
+
+    # ---- Models ----
+
+    def outcomes(self, model: Any) -> int:
+        """The number of outcomes that a model's logits are for."""
+        return head_rows(model)
+
+    def logits(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """The logits of a forward, (rows, positions, outcomes). inputs: see `model_inputs`."""
+        return outputs.logits
+
+    def check_divergence(self, divergence: Divergence) -> None:  # noqa: B027
+        """InputError for a divergence that the outputs of this task do not have."""
+
+    def check_pair(self, student: Any, teacher: Any) -> None:  # noqa: B027
+        """InputError where the outcomes of student and teacher do not mean the same.
+
+        student, teacher: transformers models. For tokens the tokenizers are compared instead.
+        """
+
+    def runner(self, model: Any, role: str, *, fused: bool = True, **options: Any) -> ModelRunner:
+        """Runs a model of this task; see `ModelRunner`."""
+        return ModelRunner(
+            model,
+            role,
+            outcomes=self.outcomes(base_model(model)),
+            read=self.logits,
+            withheld=self.withheld,
+            fused=fused and self.fused,
+            **options,
+        )

@@ -10,37 +10,26 @@ from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import warn_once
 from hf_distill.losses.targets import shifted_labels
+from hf_distill.models.heads import HEADS, OTHER_HEADS
 from hf_distill.tasks.base import Task
 
 # Heads that predict something else than the next token.
-OTHER_HEADS = {
-    name
-    for mapping in (
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-        auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
-    )
-    for names in mapping.values()
-    for name in ([names] if isinstance(names, str) else names)
-}
-CAUSAL_HEADS = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+OTHERS = OTHER_HEADS.union(*(names for key, (_, names) in HEADS.items() if key != "causal-lm"))
 
 
 class CausalLM(Task):
     """Labels are the inputs moved one to the left; targets are attended on both sides."""
 
+    key: ClassVar[str] = "causal-lm"
     name: ClassVar[str] = "causal language modelling"
 
-    def refusal(self, model: Any) -> str | None:
+    @classmethod
+    def refusal(cls, model: Any) -> str | None:
         """See `Task.refusal`. Says once where a decoder would see the tokens it predicts."""
         config, kind = model.config, type(model).__name__
         if getattr(config, "is_encoder_decoder", False):
             return "it is an encoder-decoder, whose labels are those of its decoder"
-        if kind in OTHER_HEADS - CAUSAL_HEADS:
+        if kind in OTHERS - HEADS[cls.key][1]:
             return "its head does not predict the next token"
         if model.get_output_embeddings() is None:
             return "it has no language-model head: load it with AutoModelForCausalLM"

@@ -26,21 +26,24 @@ def as_teacher(
     teacher: PreTrainedModel | PeftModel | Teacher | str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    task: str | None = None,
     whole_logits: bool = False,
     placement: str = "auto",
     **model_kwargs: Any,
 ) -> Teacher | None:
     """Make a teacher of a model, an id, a path or an object with the protocol; None stays None.
 
-    tokenizer: the teacher's; whole_logits, placement: see `LiveTeacher`
+    tokenizer: the teacher's; task, whole_logits, placement: see `LiveTeacher`
     model_kwargs: for `from_pretrained`, where it is an id or a path
     raises: InputError for anything else
     """
     check_placement(placement)
     if isinstance(teacher, str | Path):
-        teacher, placement = load_placed(teacher, placement, **model_kwargs)
+        teacher, placement = load_placed(teacher, placement, task, **model_kwargs)
     if isinstance(teacher, PreTrainedModel | PeftModel):
-        return LiveTeacher(teacher, tokenizer, whole_logits=whole_logits, placement=placement)
+        return LiveTeacher(
+            teacher, tokenizer, task=task, whole_logits=whole_logits, placement=placement
+        )
     if isinstance(teacher, AdapterTeacher) and placement in ("sharded", "offloaded"):
         raise InputError(
             f"teacher_placement is {placement!r}, but this teacher has the student's own weights, "

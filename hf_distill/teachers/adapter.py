@@ -32,6 +32,7 @@ class AdapterTeacher(LiveTeacher):
         adapter: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        task: str | None = None,
         whole_logits: bool = False,
     ) -> None:
         if not isinstance(model, PeftModel):
@@ -52,7 +53,7 @@ class AdapterTeacher(LiveTeacher):
             )
         self.adapter = adapter
         # "" stands for no adapter: which head is replaced depends on it.
-        self._set_up(model, tokenizer, whole_logits=whole_logits, adapter=adapter or "")
+        self._set_up(model, tokenizer, task, whole_logits=whole_logits, adapter=adapter or "")
         self.name = f"{self.name} ({f'adapter {adapter}' if adapter else 'adapter off'})"
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:

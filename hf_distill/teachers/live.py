@@ -15,14 +15,15 @@ from hf_distill.losses.signals import Signal
 from hf_distill.losses.targets import Targets
 from hf_distill.models.base import base_model
 from hf_distill.models.loading import local_tokenizer
-from hf_distill.models.runner import ModelRunner
+from hf_distill.tasks import Task, find_task
 from hf_distill.teachers.placement import check_placement, place
 
 
 class LiveTeacher:
-    """A causal language model as a teacher.
+    """A model in this process as a teacher.
 
     Its dtype, attention and quantisation stay as it was loaded.
+    task: its key, by default that of the model's class
     whole_logits: compute all of its logits instead of handing over the inputs of its output head
     placement: "auto", "replicated", "sharded" or "offloaded"; see docs/scaling.md
     """
@@ -32,11 +33,12 @@ class LiveTeacher:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        task: str | None = None,
         whole_logits: bool = False,
         placement: str = "auto",
     ) -> None:
         check_placement(placement)
-        self._set_up(model, tokenizer, whole_logits=whole_logits)
+        self._set_up(model, tokenizer, task, whole_logits=whole_logits)
         self.model.requires_grad_(False).eval()
         self._placement = placement
         self._where: str | None = None
@@ -45,6 +47,7 @@ class LiveTeacher:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase | None,
+        task: str | None,
         *,
         whole_logits: bool,
         adapter: str | None = None,
@@ -54,8 +57,9 @@ class LiveTeacher:
         plain = base_model(model)
         self.name = plain.config.name_or_path or type(plain).__name__
         role = f"teacher {self.name!r}"
-        self.runner = ModelRunner(model, role, fused=not whole_logits, adapter=adapter)
-        self.rows = self.runner.head_rows
+        self.task: Task = find_task(model, "teacher", task)
+        self.runner = self.task.runner(model, role, fused=not whole_logits, adapter=adapter)
+        self.rows = self.runner.outcomes
         self.tokenizer = tokenizer or local_tokenizer(plain.config.name_or_path)
         self.reads = self.runner.embedding_rows
         self.together = False

@@ -56,7 +56,9 @@ def device_memory() -> int:
     return psutil.virtual_memory().total // max(1, PartialState().num_processes)
 
 
-def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTrainedModel, str]:
+def load_placed(
+    name: str | Path, placement: str, task: str | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, str]:
     """Load a teacher by id or path and decide its placement; returns both.
 
     A collective of all processes. A teacher that will be sharded is read by one process; the others
@@ -65,12 +67,12 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
     state = PartialState()
     with made_whole():
         if state.num_processes == 1:
-            return load_model(name, "teacher", **kwargs), placement
+            return load_model(name, "teacher", task, **kwargs), placement
         options: list[Any] = [None]
         model: PreTrainedModel | None = None
         if state.is_main_process:
             try:
-                model = load_model(name, "teacher", **kwargs)
+                model = load_model(name, "teacher", task, **kwargs)
                 if not _placed_by_itself(model):
                     size = weight_bytes(model)
                     placement = chosen(placement, size, state.num_processes, device_memory())
@@ -82,7 +84,7 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
             raise InputError(options[0])
         placement, config, dtype = options[0]
         if model is None and placement != "sharded":
-            model = load_model(name, "teacher", **kwargs)
+            model = load_model(name, "teacher", task, **kwargs)
         return model or _without_weights(config, dtype), placement
 
 

@@ -16,7 +16,7 @@ from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.vocabulary import known_ids
 from hf_distill.recordings.collator import RecordingCollator
 from hf_distill.recordings.row_format import Header, tokenizer_hash
-from hf_distill.tasks import TARGET_INDEX, Task, has_labels
+from hf_distill.tasks import TARGET_INDEX, Task
 from hf_distill.training.loss import DistillationLoss
 from hf_distill.training.target_index import TargetIndex
 
@@ -31,7 +31,7 @@ class CheckingCollator:
     collator: rows to a padded batch
     task: decides which positions are targets
     embeddings: by role, how many ids each model can read; the student comes first
-    head_rows: how many ids the student predicts
+    outcomes: how many outcomes the student predicts
     end_of_text: the tokenizer's end-of-text token where it is also its padding token
     indexed: attach the index of the targets (`training.target_index`); False where batches are
         joined or cut after the collator
@@ -41,7 +41,7 @@ class CheckingCollator:
     collator: Callable[[list[Any]], dict[str, Any]]
     task: Task
     embeddings: Mapping[str, int]
-    head_rows: int
+    outcomes: int
     end_of_text: int | None = None
     indexed: bool = True
     _said: set[str] = field(default_factory=set)
@@ -68,11 +68,11 @@ class CheckingCollator:
             for role, rows in self.embeddings.items():
                 ids = known_ids(ids, mask, rows, f"the {role}")
             batch["input_ids"] = ids
-        if not has_labels(batch):
+        if not self.task.has_labels(batch):
             return None
         targets = self.task.targets(batch)
-        self._check_labels(targets.labels)
-        if isinstance(labels, Tensor):
+        self.task.check(batch, targets, self.outcomes)
+        if isinstance(labels, Tensor) and self.task.aligned:
             self._look_at_padding(ids, labels, mask)
         return targets.index
 
@@ -85,15 +85,6 @@ class CheckingCollator:
                 )
             if isinstance(ids, Tensor) and self.end_of_text is not None:
                 self._look_for_masked_ends(ids, labels, mask)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        wrong = (labels >= self.head_rows) | (labels < 0)
-        if bool(wrong.any()):
-            raise InputError(
-                f"a label is the token id {int(labels[wrong].max())}, but the student predicts "
-                f"only the ids 0 to {self.head_rows - 1} (and {IGNORE} is no label): use the "
-                "tokenizer that it was made for"
-            )
 
     def _look_for_masked_ends(self, ids: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Some collators mask every padding token, real end-of-text tokens among them."""
@@ -138,7 +129,7 @@ def checking_collator(
     # accelerate's dispatcher joins batches and cuts the result.
     apart = trainer.accelerator.dispatch_batches is False
     return CheckingCollator(
-        collator, loss.task, embeddings, student.head_rows, shared_end, indexed=apart
+        collator, loss.task, embeddings, student.outcomes, shared_end, indexed=apart
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
@@ -17,10 +17,10 @@ from hf_distill.models.base import base_model
 from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
-from hf_distill.models.vocabulary import shared_vocabulary, suppress_unused_ids
+from hf_distill.models.vocabulary import compare_tokens, shared_vocabulary, suppress_unused_ids
 from hf_distill.recordings.reader import check_recording
 from hf_distill.recordings.row_format import Header
-from hf_distill.tasks import find_task
+from hf_distill.tasks import Task, find_task
 from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.loss import DistillationLoss
@@ -43,13 +43,16 @@ def check_arguments(args: Any, others: dict[str, Any]) -> DistillationArguments:
     return args
 
 
-def make_student(model: Any, args: DistillationArguments, peft_config: PeftConfig | None) -> Any:
+def make_student(
+    model: Any, args: DistillationArguments, peft_config: PeftConfig | None, task: str | None
+) -> Any:
     """The student as it will be trained: loaded, with its adapter, checked.
 
+    task: its key, None for that of the model's class
     raises: InputError for what cannot be a student
     """
     if isinstance(model, str | Path):
-        model = load_model(model, "student", **args.model_kwargs("student"))
+        model = load_model(model, "student", task, **args.model_kwargs("student"))
     if peft_config is not None:
         if model is None:
             raise InputError("peft_config needs a model: with model_init, add the adapter there")
@@ -60,13 +63,13 @@ def make_student(model: Any, args: DistillationArguments, peft_config: PeftConfi
             )
         model = get_peft_model(model, peft_config)
     if model is not None:
-        check_student(model)
+        check_student(model, task)
     return model
 
 
-def check_student(model: Any) -> None:
+def check_student(model: Any, task: str | None) -> None:
     """InputError for a model without a task, without trainable weights, or with learned prompts."""
-    find_task(model, "student")
+    find_task(model, "student", task)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "the student has no trainable parameter: call model.requires_grad_(True), load its "
@@ -81,9 +84,11 @@ def check_student(model: Any) -> None:
             )
 
 
-def make_runner(model: Any, args: DistillationArguments, *, own_terms: bool) -> ModelRunner:
+def make_runner(
+    task: Task, model: Any, args: DistillationArguments, *, own_terms: bool
+) -> ModelRunner:
     """The student's runner. own_terms: whether a subclass overrides `extra_terms`."""
-    runner = ModelRunner(model, "student", fused=args.fused_head, strict=True)
+    runner = task.runner(model, "student", fused=args.fused_head, strict=True)
     if runner.fused and own_terms:
         runner.use_whole_logits("extra_terms may look at its logits")
     elif runner.fused and args.torch_compile:
@@ -92,25 +97,33 @@ def make_runner(model: Any, args: DistillationArguments, *, own_terms: bool) -> 
     return runner
 
 
-def make_loss(trainer: Any) -> DistillationLoss:
+def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
     """The loss of a trainer's student and teacher."""
     suppress_unused_ids(base_model(trainer.model), trainer.processing_class)
-    task = find_task(trainer.model, "student")
+    task = find_task(trainer.model, "student", task_key)
+    teacher = getattr(trainer.teacher, "model", None)
+    if teacher is not None:
+        task.check_pair(base_model(trainer.model), base_model(teacher))
     return DistillationLoss(
         student=make_runner(
-            trainer.model, trainer.args, own_terms=trainer.overrides("extra_terms")
+            task, trainer.model, trainer.args, own_terms=trainer.overrides("extra_terms")
         ),
         teacher=trainer.teacher,
         task=task,
         step_targets=StepTargets(task),
         teacher_inputs=trainer.teacher_inputs,
         extra_terms=trainer.extra_terms,
-        auxiliary_weight=auxiliary_weight(trainer.model),
+        auxiliary_weight=auxiliary_weight(trainer.model) if task.fused else 0.0,
     )
 
 
 def make_teacher(
-    teacher: Any, student: Any, args: DistillationArguments, tokenizer: Any, student_tokenizer: Any
+    teacher: Any,
+    student: Any,
+    args: DistillationArguments,
+    task: str | None,
+    tokenizer: Any,
+    student_tokenizer: Any,
 ) -> Teacher | None:
     """The teacher of whatever was given; of the student itself an `AdapterTeacher`.
 
@@ -120,11 +133,12 @@ def make_teacher(
     # Its base model too: as a separate teacher it would freeze the weights below the adapter.
     if teacher is not None and any(teacher is part for part in (student, base_model(student))):
         teacher = AdapterTeacher(student, tokenizer=student_tokenizer, whole_logits=whole_logits)
-    if isinstance(teacher, PreTrainedModel | PeftModel):
-        find_task(teacher, "teacher")
+    if student is not None:
+        task = find_task(student, "student", task).key
     found = as_teacher(
         teacher,
         tokenizer,
+        task=task,
         whole_logits=whole_logits,
         placement=args.teacher_placement,
         **args.model_kwargs("teacher"),
@@ -137,17 +151,27 @@ def make_teacher(
     return found
 
 
-def vocabulary_of(
-    student_rows: int, tokenizer: Any, teacher: Teacher | None, recorded: Header | None
+def shared_outcomes(
+    loss: DistillationLoss, tokenizer: Any, teacher: Teacher | None, recorded: Header | None
 ) -> int:
-    """How many ids the divergence runs over.
+    """How many outcomes the divergence runs over: those from 0 on that mean the same to both.
 
-    raises: InputError where tokenizers differ, or a recording and a teacher disagree
+    raises: InputError where tokenizers or classes differ, or a recording and a teacher disagree
     """
+    ours = loss.student.outcomes
     if teacher is None:
-        return student_rows if recorded is None else recorded.vocabulary
+        return ours if recorded is None else recorded.vocabulary
     known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    shared = shared_vocabulary(student_rows, teacher.rows, known, teacher.tokenizer)
+    if loss.task.fused:
+        shared = shared_vocabulary(ours, teacher.rows, known, teacher.tokenizer)
+    else:
+        compare_tokens(known, teacher.tokenizer)
+        shared = ours
+        if teacher.rows != ours:
+            raise InputError(
+                f"the student has {ours} outcomes and the teacher {teacher.rows}: their "
+                "distributions cannot be compared"
+            )
     if recorded is not None and recorded.vocabulary != shared:
         raise InputError(
             f"the recording is over {recorded.vocabulary} ids, but student and teacher share "
@@ -190,10 +214,14 @@ def _coefficient(model: Any) -> float:
     return 0.0
 
 
-def make_objective(trainer: Any, student_rows: int, recorded: Header | None) -> CurrentObjective:
+def make_objective(
+    trainer: Any, loss: DistillationLoss, recorded: Header | None
+) -> CurrentObjective:
     """The trainer's objective; InputError for tokenizers or a recording that do not fit."""
-    vocabulary = vocabulary_of(student_rows, trainer.processing_class, trainer.teacher, recorded)
-    made = CurrentObjective(trainer.choose_divergence, vocabulary, recorded, student_rows)
+    outcomes = shared_outcomes(loss, trainer.processing_class, trainer.teacher, recorded)
+    made = CurrentObjective(
+        trainer.choose_divergence, loss.task, outcomes, recorded, loss.student.outcomes
+    )
     made(trainer.args)
     return made
 
@@ -204,14 +232,16 @@ class CurrentObjective:
 
     Callbacks and hyperparameter searches change arguments after construction. Training and
     evaluation both take their objective here.
-    choose_divergence: the trainer's hook; vocabulary: how many ids the divergence runs over
-    recorded, student_rows: for the check that a recording fits
+    choose_divergence: the trainer's hook; task: for the check that it has this divergence
+    outcomes: how many the divergence runs over
+    recorded, student_outcomes: for the check that a recording fits
     """
 
     choose_divergence: Callable[[], Divergence]
-    vocabulary: int
+    task: Task
+    outcomes: int
     recorded: Header | None
-    student_rows: int
+    student_outcomes: int
     _made: tuple[Any, Objective] | None = None
 
     def __call__(self, args: DistillationArguments) -> Objective:
@@ -225,16 +255,17 @@ class CurrentObjective:
 
     def _make(self, args: DistillationArguments) -> Objective:
         divergence = self.choose_divergence()
+        self.task.check_divergence(divergence)
         if self.recorded is not None:
             check_recording(
                 self.recorded,
                 "the data set",
                 temperature=args.temperature,
                 divergence=divergence,
-                student_rows=self.student_rows,
+                student_rows=self.student_outcomes,
             )
         name = getattr(getattr(divergence, "func", divergence), "__name__", "divergence")
         name = name if name.isidentifier() else "divergence"  # a lambda is called "<lambda>"
         return Objective(
-            args.alpha, args.temperature, divergence, name, self.vocabulary, args.head_memory_mb
+            args.alpha, args.temperature, divergence, name, self.outcomes, args.head_memory_mb
         )

@@ -25,7 +25,6 @@ from hf_distill.losses.targets import WEIGHTS, total_counts
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.recordings.row_format import COLUMN
 from hf_distill.reporting.model_card import write_card
-from hf_distill.tasks import has_labels
 from hf_distill.teachers import Teacher
 from hf_distill.training import artifacts, setup
 from hf_distill.training.arguments import DistillationArguments
@@ -62,12 +61,13 @@ class DistillationMixin(Trainer):
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         divergence: Divergence | None = None,
         peft_config: PeftConfig | None = None,
+        task: str | None = None,
         **others: Any,
     ) -> None:
-        args = setup.check_arguments(args, others)
-        student: Any = setup.make_student(model, args, peft_config)
+        args, self._task = setup.check_arguments(args, others), task
+        student: Any = setup.make_student(model, args, peft_config, task)
         self.teacher = setup.make_teacher(
-            teacher, student, args, teacher_tokenizer, others.get("processing_class")
+            teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
         done = prepare_datasets(args, student, others)
         self._own_divergence = divergence
@@ -77,8 +77,8 @@ class DistillationMixin(Trainer):
             self.accelerator.print(line)
         self._sums, self._evaluation = StepSums(self.args), EvaluationSums()
         self._parts_to_log: dict[str, float] = {}
-        self._loss = setup.make_loss(self)
-        self._objective = setup.make_objective(self, self._loss.student.head_rows, self._recorded)
+        self._loss = setup.make_loss(self, task)
+        self._objective = setup.make_objective(self, self._loss, self._recorded)
         self.data_collator = self._checks = checking_collator(self, self._loss, self._recorded)
         if self.teacher is not None:
             known_ids = min(self._checks.embeddings.values())
@@ -87,10 +87,10 @@ class DistillationMixin(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """As Trainer's. A model that is made anew has another head, and is checked as the first."""
         model: Any = super().call_model_init(trial)
-        setup.check_student(model)
+        setup.check_student(model, self._task)
         if hasattr(self, "_loss"):  # not the first, for which the constructor does it
             self.model = model
-            self._loss = setup.make_loss(self)
+            self._loss = setup.make_loss(self, self._task)
         return model
 
     # ---- Hooks for subclasses ----
@@ -124,7 +124,7 @@ class DistillationMixin(Trainer):
         self, batch_samples: list[Mapping[str, Any]], device: torch.device
     ) -> Counts | None:
         """Every denominator of one optimizer step, over its micro-batches and all processes."""
-        if not batch_samples or not has_labels(batch_samples[0]):
+        if not batch_samples or not self._loss.task.has_labels(batch_samples[0]):
             return None
         total = total_counts([self._loss.task.counts(batch) for batch in batch_samples]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -143,7 +143,7 @@ class DistillationMixin(Trainer):
         Divided by the counts of the whole step, and multiplied by the number of processes, by
         which the engines divide when they average gradients.
         """
-        if not has_labels(inputs):
+        if not self._loss.task.has_labels(inputs):
             raise InputError(
                 f"the batch has no labels, only {', '.join(inputs)}: the loss is taken where a "
                 "label is; add a labels column, or a collator that makes one"
@@ -192,7 +192,8 @@ class DistillationMixin(Trainer):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         recorded = [] if self._recorded is None else [COLUMN]
-        columns += [name for name in (*recorded, *WEIGHTS) if name not in columns]
+        own = (*recorded, *WEIGHTS, *self._loss.task.withheld)
+        columns += [name for name in own if name not in columns]
 
     # ---- Training and its log ----
 
@@ -201,6 +202,9 @@ class DistillationMixin(Trainer):
     ) -> TrainOutput:
         """As Trainer's; resumes from complete checkpoints only."""
         folder, deepspeed = str(self.args.output_dir), self.is_deepspeed_enabled
+        if self.model_wrapped is self.model:
+            # An evaluation before marks the model as prepared, and DDP would then leave it out.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, deepspeed=deepspeed)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -232,7 +236,7 @@ class DistillationMixin(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """As Trainer's, keeping sums by row so that evaluation is exact for any batch size."""
-        if not has_labels(inputs):
+        if not self._loss.task.has_labels(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs, whole = self._prepare_inputs(inputs), not prediction_loss_only
         rows = self._loss.task.counts(inputs)
@@ -243,8 +247,9 @@ class DistillationMixin(Trainer):
         self._evaluation.add(batch, rows, self.accelerator.gather_for_metrics)
         if not whole:
             return batch.loss.float(), None, None
-        labels = inputs.get("labels", inputs.get("shift_labels"))
-        return batch.loss.float(), batch.visible_outputs(self.model, ignore_keys), labels
+        labels = tuple(inputs[n] for n in self._loss.task.label_names if inputs.get(n) is not None)
+        outputs = batch.visible_outputs(self.model, ignore_keys)
+        return batch.loss.float(), outputs, labels[0] if len(labels) == 1 else labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's; the loss and its parts come from sums over rows, not means of batches."""
@@ -293,14 +298,16 @@ class DistillationMixin(Trainer):
 class DistillationTrainer(DistillationMixin):
     """Trains a student on labels and on a teacher's distributions; otherwise a `Trainer`.
 
-    model: the student, a causal language model or its id or path
-    teacher: a causal language model, its id or path, or any object with the `Teacher` protocol;
+    model: the student, or its id or path
+    teacher: a model of the same task, its id or path, or any object with the `Teacher` protocol;
         the student itself, if it has an adapter: its base model is then the teacher (see also
         `AdapterTeacher`); None where the rows carry recordings (`hf_distill.record`), or alpha is 0
     args: `DistillationArguments`
     teacher_tokenizer: to check that ids mean the same; found by itself beside a local teacher
     divergence: a function of your own in place of the one that the arguments name
     peft_config: makes an adapter for the student, as `peft.get_peft_model` does
+    task: "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification",
+        "token-classification" or "question-answering"; by default that of the student's class
     train_dataset, eval_dataset: rows with `input_ids`, and perhaps `labels` (by default the ids),
         `ce_weight` and `divergence_weight` (a number a row); or raw rows, which are tokenized with
         `processing_class`: `text`, `prompt` and `completion`, or `messages`

@@ -1,0 +1,67 @@
+"""The heads that transformers puts on its models: what loads them, and which classes have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto import modeling_auto as auto
+
+
+def _names(*mappings: Any) -> frozenset[str]:
+    found = [names for mapping in mappings for names in mapping.values()]
+    return frozenset(n for names in found for n in ([names] if isinstance(names, str) else names))
+
+
+# By the key of a task. Some classes serve two tasks: the first counts.
+HEADS: dict[str, tuple[Any, frozenset[str]]] = {
+    "causal-lm": (AutoModelForCausalLM, _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)),
+    "seq2seq-lm": (
+        AutoModelForSeq2SeqLM,
+        _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ),
+    "masked-lm": (AutoModelForMaskedLM, _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)),
+    "sequence-classification": (
+        AutoModelForSequenceClassification,
+        _names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ),
+    "token-classification": (
+        AutoModelForTokenClassification,
+        _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ),
+    "question-answering": (
+        AutoModelForQuestionAnswering,
+        _names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ),
+}
+OTHER_HEADS = _names(
+    auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+)
+# Keywords of `from_pretrained` that decide which config is read.
+WHERE = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
+
+
+def has_head(model: Any, task: str) -> bool:
+    """Whether a model's class, or one that it derives from, is one of the task's."""
+    return any(kind.__name__ in HEADS[task][1] for kind in type(model).__mro__)
+
+
+def loader(name: str, task: str | None, **kwargs: Any) -> Any:
+    """The auto class for an id or a folder: of the task, or of the class that it was saved from."""
+    if task is not None:
+        return HEADS[task][0]
+    config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in WHERE})
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    found = [auto_class for auto_class, names in HEADS.values() if saved in names]
+    if getattr(config, "is_encoder_decoder", False) and AutoModelForSeq2SeqLM in found:
+        return AutoModelForSeq2SeqLM
+    return found[0] if found else AutoModelForCausalLM
