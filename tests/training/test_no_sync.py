@@ -6,9 +6,11 @@ read one (`item`, `nonzero`, a boolean index, a copy to the host) fails. Copies 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils.pin_memory import pin_memory
 from trainer_setup import arguments, make_rows, small_model, weights
 from transformers import BatchEncoding
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from hf_distill import DistillationTrainer, record
+from hf_distill import DistillationTrainer, InputError, record
 from hf_distill.data import Collator
 from hf_distill.models import output_head
 from hf_distill.tasks import TARGET_INDEX
@@ -307,3 +310,99 @@ def test_every_part_of_a_batch_can_be_pinned(
     assert torch.equal(places, batch.pop(TARGET_INDEX).places)
     assert {"ce_weight", "input_ids"} < set(done) == set(batch)
     assert ("teacher_ids" in done) == (teacher == "top_k")
+
+
+# ---- What no device can look up is refused before any forward ----
+
+
+def smaller_teacher() -> Any:
+    return small_model(1, vocab_size=30)
+
+
+def refused(made: DistillationTrainer, message: str, **columns: list[int]) -> None:
+    plain = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}
+    with pytest.raises(InputError, match=message):
+        made.data_collator([plain, {**plain, **columns}])
+
+
+def test_the_collator_refuses_what_a_model_lacks(tmp_path: Path) -> None:
+    live = DistillationTrainer(
+        small_model(0), smaller_teacher(), arguments(tmp_path), train_dataset=rows()
+    )
+    refused(live, "the student reads ids up to 39, but the batch has the token id 40",
+            input_ids=[3, 40, 5, 6])  # fmt: skip
+    refused(live, "the teacher 'GPT2LMHeadModel' reads ids up to 29.* the token id 35",
+            input_ids=[3, 35, 5, 6])  # fmt: skip
+    refused(live, "token id -1", input_ids=[3, -1, 5, 6])
+    refused(live, "a label is the token id 40.* 0 to 39", labels=[3, 4, 40, 6])
+    refused(live, "a label is the token id -1.*-100 is no label", labels=[3, 4, -1, 6])
+
+
+def test_masked_ids_that_a_model_lacks_are_replaced(tmp_path: Path) -> None:
+    made = DistillationTrainer(
+        small_model(0),
+        smaller_teacher(),
+        arguments(tmp_path),
+        train_dataset=rows(),
+        data_collator=Collator(35, 35),
+    )
+    batch = made.data_collator([{"input_ids": [3, 4, 5]}, {"input_ids": [6]}])
+    assert batch["input_ids"].tolist() == [[3, 4, 5], [6, 0, 0]]
+
+
+def test_a_batch_of_another_loader_is_checked_when_it_is_drawn(tmp_path: Path) -> None:
+    made = OwnLoader(
+        small_model(0), smaller_teacher(), arguments(tmp_path), train_dataset=list(rows())
+    )
+    made.train_dataset[1]["input_ids"][1] = 35
+    with pytest.raises(InputError, match="the teacher 'GPT2LMHeadModel' reads ids up to 29"):
+        made.get_batch_samples(iter(made.get_train_dataloader()), 1, META)
+
+
+# ---- Defaults of the arguments ----
+
+
+def test_the_filter_of_the_log_is_the_users(tmp_path: Path) -> None:
+    assert not arguments(tmp_path).logging_nan_inf_filter
+    assert arguments(tmp_path, logging_nan_inf_filter=True).logging_nan_inf_filter
+
+
+def test_batches_are_copied_without_waiting_unless_the_user_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "loading.json"
+    file.write_text(json.dumps({"non_blocking": False}))
+
+    def chosen(given: Any, **options: Any) -> bool:
+        options = {"use_cpu": False} | options
+        return arguments(
+            tmp_path, accelerator_config=given, **options
+        ).accelerator_config.non_blocking
+
+    for unsaid in (None, {}, {"split_batches": True}, '{"even_batches": true}'):
+        assert chosen(unsaid)
+        assert not chosen(unsaid, dataloader_pin_memory=False)  # Trainer would warn
+        assert not chosen(unsaid, use_cpu=True)
+    for said in (
+        {"non_blocking": False},
+        '{"non_blocking": false}',
+        str(file),
+        AcceleratorConfig(),
+    ):
+        assert not chosen(said)
+    assert chosen({"non_blocking": True}, use_cpu=True)
+
+
+# ---- Losses that fp16 skips ----
+
+
+def test_a_skipped_loss_is_logged_as_the_mean(tmp_path: Path) -> None:
+    scaler = SimpleNamespace(is_enabled=lambda: True)
+    seen = SimpleNamespace(
+        accelerator=SimpleNamespace(scaler=scaler),
+        state=SimpleNamespace(global_step=4),
+        _globalstep_last_logged=1,
+        _tr_loss=torch.tensor(6.0),
+    )
+    assert step_sums.loss_for_log(seen, torch.tensor(2.0)) == 2.0
+    assert step_sums.loss_for_log(seen, torch.tensor(torch.inf)) == 1.5
+    seen.accelerator.scaler = None
+    assert step_sums.loss_for_log(seen, torch.tensor(torch.inf)) == torch.inf
