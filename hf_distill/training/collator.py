@@ -46,6 +46,11 @@ class CheckingCollator:
     indexed: bool = True
     _said: set[str] = field(default_factory=set)
 
+    @property
+    def known_ids(self) -> int:
+        """How many ids a checked batch may hold."""
+        return min(self.embeddings.values())
+
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         given = [name for name in WEIGHTS if any(_has(row, name) for row in rows)]
         plain = [_without(row, given) for row in rows] if given else list(rows)

@@ -91,6 +91,18 @@ class StepSums:
         return found
 
 
+def loss_for_log(trainer: Any, loss: Tensor) -> Tensor:
+    """A micro-batch's loss as it is logged: the mean since the last log where it is not finite.
+
+    With a GradScaler, which skips such steps, this stands for `logging_nan_inf_filter`, and does
+    not wait for the device. Without one, a loss that is not finite has ended the training.
+    """
+    if trainer.accelerator.scaler is None:
+        return loss
+    steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged
+    return torch.where(loss.isfinite(), loss, trainer._tr_loss / steps)
+
+
 class HostCopy:
     """A tensor on its way to the host, which works on meanwhile."""
 

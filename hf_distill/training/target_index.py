@@ -59,12 +59,13 @@ class StepTargets:
             if index is not None:
                 self._known.append((self._seen(batch), index))
 
-    def follow(self, batch: Mapping[str, Any], moved: Mapping[str, Any]) -> None:
-        """Also find the index of a batch by what was made of it on the way to `device`."""
+    def follow(self, batch: Mapping[str, Any], moved: dict[str, Any]) -> dict[str, Any]:
+        """Also find the index of a batch by the same on another device; returns the latter."""
         index = self.find(batch)
         if index is not None and self.find(moved) is None:
             device = next(moved[n].device for n in self._reads if moved.get(n) is not None)
             self._known.append((self._seen(moved), index.to(device, non_blocking=True)))
+        return moved
 
     def find(self, batch: Mapping[str, Any]) -> Tensor | None:
         """The index of a batch; None where it came without, or was changed since."""

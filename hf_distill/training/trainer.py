@@ -34,7 +34,7 @@ from hf_distill.training.datasets import prepare_datasets
 from hf_distill.training.evaluation_sums import EvaluationSums
 from hf_distill.training.loss import Counts, DistillationLoss, step_counts
 from hf_distill.training.recordings import find_recordings
-from hf_distill.training.step_sums import StepSums
+from hf_distill.training.step_sums import StepSums, loss_for_log
 
 
 class DistillationMixin(Trainer):
@@ -81,8 +81,7 @@ class DistillationMixin(Trainer):
         self._objective = setup.make_objective(self, self._loss, self._recorded)
         self.data_collator = self._checks = checking_collator(self, self._loss, self._recorded)
         if self.teacher is not None:
-            known_ids = min(self._checks.embeddings.values())
-            self.teacher.prepare(self.accelerator, student_reads=known_ids)
+            self.teacher.prepare(self.accelerator, student_reads=self._checks.known_ids)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As Trainer's. A model that is made anew has another head, and is checked as the first."""
@@ -101,10 +100,8 @@ class DistillationMixin(Trainer):
 
     def choose_divergence(self) -> Divergence:
         """The divergence to minimise: the one passed in, or the one that the arguments name."""
-        if self._own_divergence is not None:
-            return self._own_divergence
-        args = self.args
-        return named_divergence(args.divergence, beta=args.beta, skew=args.skew)
+        own, args = self._own_divergence, self.args
+        return own or named_divergence(args.divergence, beta=args.beta, skew=args.skew)
 
     def extra_terms(self, inputs: Mapping[str, Any], outputs: Any) -> dict[str, Term]:
         """Further terms of the objective by name, logged and evaluated under these names."""
@@ -148,8 +145,7 @@ class DistillationMixin(Trainer):
                 f"the batch has no labels, only {', '.join(inputs)}: the loss is taken where a "
                 "label is; add a labels column, or a collator that makes one"
             )
-        counts: Any = num_items_in_batch
-        counts = counts or self._get_num_items_in_batch([inputs], self.args.device)
+        counts: Any = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         objective = self.current_objective()
         batch = self._loss(model, inputs, objective, counts, processes, whole_logits=return_outputs)
@@ -166,11 +162,7 @@ class DistillationMixin(Trainer):
         """As Trainer's. A loss that is not finite ends the training before the optimizer step."""
         loss = super().training_step(*args, **kwargs)
         self._sums.finish_step(self.accelerator)
-        if self.accelerator.scaler is not None:
-            # A step that fp16 skips is logged as the mean of the others, as by Trainer's filter.
-            steps = 1 + self.state.global_step - self._globalstep_last_logged
-            loss = torch.where(loss.isfinite(), loss, self._tr_loss / steps)
-        return loss
+        return loss_for_log(self, loss)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the index of the targets is taken out of each batch and kept beside it."""
@@ -181,11 +173,9 @@ class DistillationMixin(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's, which under DeepSpeed rounds a batch to the model's dtype; not these."""
         exact = inputs.keys() & {*ALL_NAMES, *WEIGHTS}
-        kept = {name: inputs[name].to(self.args.device) for name in exact}
+        kept = {name: inputs[name].to(self.args.device, non_blocking=True) for name in exact}
         rest = {name: value for name, value in inputs.items() if name not in exact}
-        moved = {**super()._prepare_inputs(rest), **kept}
-        self._loss.step_targets.follow(inputs, moved)
-        return moved
+        return self._loss.step_targets.follow(inputs, {**super()._prepare_inputs(rest), **kept})
 
     def _set_signature_columns_if_needed(self) -> None:
         """As Trainer's, which drops the columns that a model does not take, except for these."""

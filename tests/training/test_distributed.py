@@ -172,3 +172,8 @@ def test_a_killed_process_ends_the_job(engine: str, tmp_path: Path) -> None:
     kept = last_complete_checkpoint(out)
     assert kept is not None
     assert GPT2LMHeadModel.from_pretrained(kept).num_parameters() > 0
+
+
+def test_dispatched_batches_have_their_own_targets(tmp_path: Path) -> None:
+    launch("dispatch_worker.py", str(tmp_path / "error.json"))
+    assert json.loads((tmp_path / "error.json").read_text()) < 1e-5
