@@ -125,8 +125,9 @@ def test_an_answer_where_none_may_be(tmp_path: Path) -> None:
     rows = [row | {"answer_mask": [0] * len(row["input_ids"])} for row in make_rows(task)]
     for row in rows:
         row["answer_mask"][row["end_positions"]] = 1
-    refused("the answer of row 1 of a batch is where answer_mask is 0", tmp_path, make_model("Bert", task), make_model("Bert", task, 1),
-            rows, )  # fmt: skip
+    teacher = make_model("Bert", task, 1)
+    message = "the answer of row 1 of a batch is where answer_mask is 0"
+    refused(message, tmp_path, make_model("Bert", task), teacher, rows)
 
 
 def test_an_answer_mask_takes_positions_out_of_the_distributions(tmp_path: Path) -> None:
