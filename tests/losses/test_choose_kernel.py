@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402 - after the check that it is there
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompilationError  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from hf_distill.losses.kernels.triton_parts import (  # noqa: E402
     KNOWN_DIVERGENCES,
@@ -53,22 +54,23 @@ def _one_id(values, DIVERGENCE: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(values, v + s)
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-def test_an_unknown_divergence_does_not_compile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiling for a GPU needs none."""
+def evaluate(name: str) -> None:
+    """Run the function in Triton's interpreter if that is on, otherwise compile it for a GPU."""
     if triton.knobs.runtime.interpret:
-        pytest.skip("Triton's interpreter is on, which compiles nothing")
+        values = torch.tensor([-1.0, -2.0])
+        _one_id[(1,)](values, name)
+        assert values.isfinite().all()
+        return
+    signature = {"values": "*fp32", "DIVERGENCE": "constexpr"}
+    source = ASTSource(_one_id, signature, constexprs={"DIVERGENCE": name})
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_an_unknown_divergence_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def compile_for(name: str) -> Any:
-        signature = {"values": "*fp32", "DIVERGENCE": "constexpr"}
-        source = ASTSource(_one_id, signature, constexprs={"DIVERGENCE": name})
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32))
-
     for name in sorted(KNOWN_DIVERGENCES):
-        assert "ptx" in compile_for(name).asm
-    with pytest.raises(CompilationError) as raised:
-        compile_for("hellinger")
+        evaluate(name)
+    with pytest.raises((CompilationError, InterpreterError)) as raised:
+        evaluate("hellinger")
     assert "no branch for this divergence" in str(raised.value.__cause__)
