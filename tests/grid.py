@@ -13,18 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill.losses import DIVERGENCES
 
 AXES: dict[str, list[Any]] = {
     "architecture": ["gpt2", "llama"],
-    "divergence": [
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "tvd",
-        "squared_hellinger",
-    ],
+    "divergence": [*DIVERGENCES, "squared_hellinger"],
     "alpha": [0.0, 0.5, 1.0],
     "temperature": [1.0, 2.0],
     "accumulation": [1, 4],

@@ -1,7 +1,7 @@
 """Find exact and near duplicates among rows, and rows similar to evaluation rows.
 
-MinHash signatures stay on disk in the Arrow table. In memory are the hash of one band and the order
-of these hashes: at most about 40 bytes a row, whatever its length.
+MinHash signatures stay on disk in the Arrow table. In memory are the hashes of one band, their
+order, and a hash of what is to be learnt: at most about 60 bytes per row, whatever its length.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ def tokenize_raw_rows(
     """
     if max_length < 2:
         raise InputError(f"max_length is {max_length}, but a target needs at least 2 tokens")
+    rows = rows.with_format(None)  # cells as Python objects, whatever the user's format
     names = _names(rows)
     if not names or (isinstance(rows, Dataset) and not len(rows)):
         raise InputError("the data set has no rows: give rows to tokenize")

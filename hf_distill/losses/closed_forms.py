@@ -30,13 +30,12 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor, New], tuple[Tensor, Tensor]]
 
 
 def closed_form(divergence: Divergence) -> Form | None:
-    """The form of a built-in divergence with its parameter filled in; None for a user's own."""
-    found = divergences.built_in(divergence)
-    if found is None:
+    """The form of a divergence with its parameter filled in; None for one that has no form here."""
+    name, parameter = divergences.built_in(divergence) or ("", 0.0)
+    form = CLOSED_FORMS.get(name)
+    if form is None:
         return None
-    name, parameter = found
-    form = CLOSED_FORMS[name]
-    return partial(form, parameter) if name in WITH_PARAMETER else form
+    return partial(form, parameter) if divergences.parameters(name) else form
 
 
 def value_and_slope(
@@ -47,7 +46,9 @@ def value_and_slope(
     p: Tensor,
     new: New = torch.empty_like,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence of each target, (n,), and s, (n, ids). A user's own goes through autograd.
+    """The divergence of each target, (n,), and s, (n, ids).
+
+    A divergence without a closed form, such as a user's own, is differentiated by autograd.
 
     log_q, q, log_p, p: (n, ids) student and teacher; not changed
     new: allocator for scratch memory
@@ -114,6 +115,7 @@ def _positive(probabilities: Tensor) -> Tensor:
     return probabilities.clamp_(min=torch.finfo(probabilities.dtype).tiny)
 
 
+# By the names of `divergences.DIVERGENCES`. The parameter of a divergence that has one comes first.
 CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -122,5 +124,3 @@ CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "skew_reverse_kl": _skew_reverse_kl,
     "tvd": _tvd,
 }
-# Their parameter comes first.
-WITH_PARAMETER = ("jsd", "skew_forward_kl", "skew_reverse_kl")

@@ -71,6 +71,14 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+def parameters(name: str) -> tuple[str, ...]:
+    """The parameters of a built-in divergence, which are its keyword-only arguments.
+
+    returns: ("beta",), ("skew",) or ()
+    """
+    return tuple(DIVERGENCES[name].__kwdefaults__ or ())
+
+
 def built_in(divergence: Divergence) -> tuple[str, float] | None:
     """The name of a built-in divergence and its parameter; None for a user's own.
 
@@ -94,10 +102,6 @@ def named_divergence(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Dive
     """
     if name not in DIVERGENCES:
         raise InputError(f"divergence is {name!r}, but must be one of {', '.join(DIVERGENCES)}")
-    if name == "jsd":
-        return partial(jsd, beta=beta)
-    if name == "skew_forward_kl":
-        return partial(skew_forward_kl, skew=skew)
-    if name == "skew_reverse_kl":
-        return partial(skew_reverse_kl, skew=skew)
-    return DIVERGENCES[name]
+    given = {"beta": beta, "skew": skew}
+    options = {key: given[key] for key in parameters(name)}
+    return partial(DIVERGENCES[name], **options) if options else DIVERGENCES[name]

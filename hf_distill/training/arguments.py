@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_distill.errors import InputError
-from hf_distill.losses.divergences import named_divergence
+from hf_distill.losses.divergences import DIVERGENCES, named_divergence
 from hf_distill.teachers.placement import check_placement
 
 # The packages, any one of them, that the trackers of the extra "trackers" need.
@@ -47,7 +47,7 @@ class DistillationArguments(TrainingArguments):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or tvd. "
+            "help": f"One of {', '.join(DIVERGENCES)}. "
             "A function of your own is given to the trainer."
         },
     )

@@ -137,8 +137,8 @@ class DistillationMixin(Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss.
 
-        Divided by the counts of the whole step, and multiplied by the number of processes, by
-        which the engines divide when they average gradients.
+        `DistillationLoss` divides it by the counts of the whole step, and multiplies it by the
+        number of processes, by which the engines divide when they average gradients.
         """
         if not self._loss.task.has_labels(inputs):
             raise InputError(

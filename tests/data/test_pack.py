@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_distill.data import collator
-from hf_distill.data.pack import Block, Fitter, Splitter, join, pack
+from hf_distill.data.pack import Block, Fitter, Splitter, join, pack, pack_batch
 from hf_distill.losses.targets import IGNORE, shifted_labels
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=300)
@@ -96,6 +96,17 @@ def test_packing_a_dataset_counts_what_it_keeps(
     assert (step.rows, step.targets) == (len(rows), targets)
     if not within and not whole:
         assert step.targets == len(found) - len(rows)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_batch_of_arrays_packs_as_lists_do(whole: bool) -> None:
+    lists = as_rows([3, 7, 1, 9, 4])[:]
+    arrays = {
+        name: [np.asarray(ids, dtype=np.int64) for ids in column] for name, column in lists.items()
+    }
+    packed = pack_batch(lists, MAX_LENGTH, whole, within=whole)
+    assert sum(map(len, packed["input_ids"])) == 24
+    assert pack_batch(arrays, MAX_LENGTH, whole, within=whole) == packed
 
 
 def test_batches_of_map_do_not_show() -> None:

@@ -236,6 +236,26 @@ def test_what_was_read_is_told(tokenizer: Any) -> None:
     assert "windows of longer rows" in line
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "stream"])
+@pytest.mark.parametrize("case", ["text", "completion", "messages"])
+def test_the_format_of_the_cells_does_not_matter(
+    case: str, streamed: bool, packing: bool, tokenizer: Any
+) -> None:
+    """Arrays of numpy, tensors or Arrow tables give the rows that lists give."""
+    row, options, _ = next(c[1:] for c in by_hand(tokenizer) if c[0] == case)
+    rows: Any = Dataset.from_list([row] * 5)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    options = {"max_length": 40, "packing": packing, **options}
+    listed = [dict(row) for row in tokenize_raw_rows(rows, tokenizer, **options)[0]]
+    assert listed
+    for cells in ("numpy", "torch", "arrow"):
+        formatted = rows.with_format(cells)
+        assert is_raw(formatted)
+        tokens, _ = tokenize_raw_rows(formatted, tokenizer, **options)
+        assert [dict(row) for row in tokens] == listed
+
+
 @pytest.mark.parametrize("case", ["text", "completion", "messages"])
 def test_packing_loses_nothing(case: str, tokenizer: Any) -> None:
     row, options, _ = next(c[1:] for c in by_hand(tokenizer) if c[0] == case)

@@ -29,7 +29,7 @@ LEAST_BLOCK = 16
 
 
 class TritonKernel:
-    """The kernel of the fused head on CUDA, for the built-in divergences."""
+    """The kernel of the fused head on CUDA, for the divergences that `triton_parts` knows."""
 
     extra_bytes = 0
 

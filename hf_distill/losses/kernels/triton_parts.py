@@ -72,6 +72,12 @@ def joined(most, total):
     return highest, tl.sum(total * tl.exp(most - highest), 0)
 
 
+# The divergences that `value_and_slope` knows, by the names of `losses.divergences.DIVERGENCES`.
+KNOWN_DIVERGENCES = frozenset(
+    {"forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"}
+)
+
+
 @triton.jit
 def value_and_slope(log_q, log_p, parameter, DIVERGENCE: tl.constexpr):
     """v and s of `losses.closed_forms`: the summand of an id, and dD / d log_q of that id."""
@@ -95,10 +101,12 @@ def value_and_slope(log_q, log_p, parameter, DIVERGENCE: tl.constexpr):
         m = tl.maximum(parameter * q + (1.0 - parameter) * p, TINY)
         v = q * (log_q - tl.log(m))
         s = v - parameter * (q / m) * q
-    else:  # tvd
+    elif DIVERGENCE == "tvd":
         half = 0.5 * (q - p)
         v = tl.abs(half)
         s = tl.where(half > 0, 0.5, tl.where(half < 0, -0.5, 0.0)) * q
+    else:
+        tl.static_assert(False, "value_and_slope has no branch for this divergence")
     return v, s
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from hf_distill.data import collator
 from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.losses.divergences import parameters
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import made_whole, plain_accelerator
 from hf_distill.models.vocabulary import head_rows, shared_vocabulary
@@ -172,10 +173,8 @@ def _named(places: str | list[str]) -> list[str]:
 
 
 def _objective(train: dict[str, Any]) -> dict[str, Any]:
-    parameter = {"jsd": ["beta"]}.get(
-        train["divergence"], ["skew"] if train["divergence"].startswith("skew_") else []
-    )
-    return {name: train[name] for name in ("alpha", "temperature", "divergence", *parameter)}
+    names = ("alpha", "temperature", "divergence", *parameters(train["divergence"]))
+    return {name: train[name] for name in names}
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:
