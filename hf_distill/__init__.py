@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hf_distill.recordings.recorder import load_recording, record
     from hf_distill.teachers import AdapterTeacher
     from hf_distill.training.arguments import DistillationArguments
+    from hf_distill.training.seq2seq import (
+        Seq2SeqDistillationArguments,
+        Seq2SeqDistillationTrainer,
+    )
     from hf_distill.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
@@ -24,6 +28,8 @@ _PACKAGES = {
     "DistillationArguments": "training",
     "DistillationTrainer": "training",
     "InputError": "errors",
+    "Seq2SeqDistillationArguments": "training",
+    "Seq2SeqDistillationTrainer": "training",
     "Term": "losses",
     "evaluate_student": "evaluation",
     "load_recording": "recordings",
@@ -36,6 +42,8 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainer",
     "InputError",
+    "Seq2SeqDistillationArguments",
+    "Seq2SeqDistillationTrainer",
     "Term",
     "evaluate_student",
     "load_recording",

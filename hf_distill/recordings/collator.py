@@ -60,7 +60,7 @@ class RecordingCollator:
         if all(value is None for value in values):
             return batch
         labels = self.task.labels(batch)
-        starts = starts_of(batch, len(rows))
+        starts = starts_of(self.task, batch, len(rows))
         decoded = []
         for number, (row, value) in enumerate(zip(plain, values, strict=True)):
             if value is None:
@@ -68,7 +68,9 @@ class RecordingCollator:
             header, content = self._verified(number, value)
             targets = (labels[number] != IGNORE).nonzero()[:, 0].numpy()
             ids = np.asarray(row["input_ids"])
-            here = row_hash(ids, targets - starts[number], row.get("position_ids"))
+            here = row_hash(
+                ids, targets - starts[number], labels[number, targets], row.get("position_ids")
+            )
             if header.row != here:
                 raise InputError(_belongs_elsewhere(number, header, len(targets)))
             decoded.append((_decoded(content, header, number), targets))
@@ -116,10 +118,10 @@ def _belongs_elsewhere(number: int, header: Header, targets: int) -> str:
     )
 
 
-def starts_of(batch: Mapping[str, Any], rows: int) -> list[int]:
-    """The position of each row's first token in the padded batch."""
+def starts_of(task: Task, batch: Mapping[str, Any], rows: int) -> list[int]:
+    """The position of each row's first token in the padded batch, where targets are counted so."""
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2:
+    if not task.aligned or mask is None or mask.dim() != 2:
         return [0] * rows
     return (mask != 0).int().argmax(-1).tolist()
 

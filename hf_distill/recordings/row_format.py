@@ -7,7 +7,7 @@
     4        temperature, float32
     4        vocabulary: the distribution is over the first so many ids
     4        number of targets
-    8        hash of the row that it belongs to: input ids, targets, documents
+    8        hash of the row that it belongs to: input ids, targets, labels, documents
     8        hash of the teacher
     8        hash of the tokenizer, 0 if it was not known
     ...      the outputs, as encoded by `recordings.codec`
@@ -79,15 +79,16 @@ def read(value: bytes) -> tuple[Header, bytes]:
     return Header(KINDS[kind], *rest), value[at + LAYOUT.size :]
 
 
-def row_hash(input_ids: Any, targets: Any, position_ids: Any = None) -> int:
+def row_hash(input_ids: Any, targets: Any, labels: Any, position_ids: Any = None) -> int:
     """The hash of the row that a recording belongs to.
 
     input_ids, position_ids: of the row, without padding; position_ids only for packed rows, where
         they mark where documents begin
     targets: the positions that predict a label, ascending, counted from the row's first token
+    labels: of the targets
     """
     digest = xxhash.xxh3_64()
-    for part in (input_ids, targets, () if position_ids is None else position_ids):
+    for part in (input_ids, targets, labels, () if position_ids is None else position_ids):
         values = np.asarray(part, dtype="<i4")
         digest.update(len(values).to_bytes(8, "little"))
         digest.update(values.tobytes())

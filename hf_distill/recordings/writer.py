@@ -74,11 +74,20 @@ class RecordingWriter:
             raise InputError("there is no teacher to record: give a model, its id or its path")
         self.settings, self.teacher, self.device = settings, found, accelerator.device
         model = getattr(found, "model", None)
-        self.task = CausalLM() if model is None else find_task(model, "teacher")
+        self.task = getattr(found, "task", None) or (
+            CausalLM() if model is None else find_task(model, "teacher")
+        )
+        if (reason := self.task.not_recorded) is not None:
+            raise InputError(
+                f"a teacher of {self.task.name} cannot be recorded, since {reason}: train with it "
+                "live"
+            )
         self.rounding: float | None = None  # of the first batch of the last call of `values`
         tokenizer = tokenizer or found.tokenizer
         self.collate = data_collator or _collator(tokenizer)
-        vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
+        vocabulary = found.rows
+        if self.task.fused:
+            vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
         reads = 2**31 if tokenizer is None else len(tokenizer)
         found.prepare(accelerator, student_reads=reads)
         sizes = {"top_k": min(settings.k, vocabulary), "sampled": settings.draws, "full": 0}
@@ -158,15 +167,16 @@ class RecordingWriter:
         if self.rounding is None and isinstance(stored, TopK):
             self.rounding = rounding(stored, self.header.vocabulary)
         values, at = [], 0
-        starts, mask = starts_of(batch, len(rows)), targets.mask
+        starts, mask = starts_of(self.task, batch, len(rows)), targets.mask
         for number, row in enumerate(rows):
             places = mask[number].nonzero()[:, 0].numpy() - starts[number]
             mine = slice(at, at + len(places))
             at += len(places)
+            labels = targets.labels[mine]
             header = replace(
                 self.header,
                 targets=len(places),
-                row=row_hash(row["input_ids"], places, row.get("position_ids")),
+                row=row_hash(row["input_ids"], places, labels, row.get("position_ids")),
             )
             values.append(write(header, _encoded(stored, mine)))
         return values

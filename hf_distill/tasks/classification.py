@@ -106,6 +106,11 @@ class SequenceClassification(Task):
             return torch.stack((torch.zeros_like(logits), logits), dim=-1)
         return logits[:, :, None]
 
+    @property
+    def not_recorded(self) -> str | None:  # type: ignore[override]
+        """See `Task`."""
+        return "its outputs are numbers, not distributions" if self.problem == NUMBERS else None
+
     def check_divergence(self, divergence: Divergence) -> None:
         """See `Task.check_divergence`."""
         if self.problem == NUMBERS and divergence not in (forward_kl, reverse_kl):

@@ -1,6 +1,12 @@
-"""Training: arguments, the trainer, checkpoints."""
+"""Training: arguments, the trainers, checkpoints."""
 
 from hf_distill.training.arguments import DistillationArguments
+from hf_distill.training.seq2seq import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
 from hf_distill.training.trainer import DistillationTrainer
 
-__all__ = ["DistillationArguments", "DistillationTrainer"]
+__all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
+    "Seq2SeqDistillationArguments",
+    "Seq2SeqDistillationTrainer",
+]

@@ -27,13 +27,15 @@ from hf_distill.training.loss import DistillationLoss
 from hf_distill.training.target_index import StepTargets
 
 
-def check_arguments(args: Any, others: dict[str, Any]) -> DistillationArguments:
-    """The trainer's arguments; InputError for what it cannot honour."""
-    args = DistillationArguments("trainer_output") if args is None else args
-    if not isinstance(args, DistillationArguments):
+def check_arguments(
+    args: Any, others: dict[str, Any], kind: type[DistillationArguments]
+) -> DistillationArguments:
+    """The trainer's arguments, of its own kind; InputError for what it cannot honour."""
+    args = kind("trainer_output") if args is None else args
+    if not isinstance(args, kind):
         raise InputError(
-            f"args is a {type(args).__name__}, which has no alpha or temperature: "
-            "use hf_distill.DistillationArguments, which takes the same options and these"
+            f"args is a {type(args).__name__}, which has not all options of this trainer: "
+            f"use hf_distill.{kind.__name__}, which takes the same options and these"
         )
     if others.get("compute_loss_func") is not None:
         raise InputError(

@@ -49,6 +49,7 @@ class DistillationMixin(Trainer):
     # The loss is divided by the counts of the whole step, never again by accumulation steps.
     loss_is_scaled_for_ga = True
 
+    arguments: type[DistillationArguments] = DistillationArguments
     args: DistillationArguments
     _loss: DistillationLoss
 
@@ -64,7 +65,7 @@ class DistillationMixin(Trainer):
         task: str | None = None,
         **others: Any,
     ) -> None:
-        args, self._task = setup.check_arguments(args, others), task
+        args, self._task = setup.check_arguments(args, others, self.arguments), task
         student: Any = setup.make_student(model, args, peft_config, task)
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
