@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    compile_regions,
+    parse_flag_from_env,
+)
+from torch import nn
 from transformers.integrations import deepspeed as zero
 
 
@@ -40,6 +46,28 @@ def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
         if fresh:
             # A Trainer with mixed precision would be refused by a state without it.
             AcceleratorState._reset_state()
+
+
+def compiles_in_one_graph(accelerator: Accelerator) -> bool:
+    """Whether models are compiled with `fullgraph`, which fails at a head that is replaced."""
+    plugin = accelerator.state.dynamo_plugin
+    return plugin.backend != DynamoBackend.NO and plugin.fullgraph
+
+
+def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A frozen model as accelerate's dynamo plugin would compile a trained one; itself without it.
+
+    The model is not changed, and shares its weights with what is returned. `fullgraph` is left
+    out, since a graph ends before an output head that is replaced.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return model
+    options = {**plugin.to_kwargs(), "fullgraph": False}
+    if plugin.use_regional_compilation:
+        return compile_regions(model, **options)
+    whole: Any = torch.compile(model, **options)
+    return whole
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class ModelRunner:
             return Hidden(states, found.head, found.gather), None
 
         with self.autocast():
-            return self.run(model or self.model, batch, targets, keep)[0]
+            return self.run(self.model if model is None else model, batch, targets, keep)[0]
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords for the model's forward.

@@ -14,6 +14,7 @@ from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.objective import Objective
 from hf_distill.models.base import base_model
+from hf_distill.models.engines import compiles_in_one_graph
 from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
@@ -79,13 +80,13 @@ def check_student(model: Any) -> None:
             )
 
 
-def make_runner(model: Any, args: DistillationArguments, *, own_terms: bool) -> ModelRunner:
+def make_runner(trainer: Any, *, own_terms: bool) -> ModelRunner:
     """The student's runner. own_terms: whether a subclass overrides `extra_terms`."""
-    runner = ModelRunner(model, "student", fused=args.fused_head, strict=True)
+    runner = ModelRunner(trainer.model, "student", fused=trainer.args.fused_head, strict=True)
     if runner.fused and own_terms:
         runner.use_whole_logits("extra_terms may look at its logits")
-    elif runner.fused and args.torch_compile:
-        runner.use_whole_logits("it is compiled as a whole")
+    elif runner.fused and compiles_in_one_graph(trainer.accelerator):
+        runner.use_whole_logits("it has to be compiled in one graph, the head included (fullgraph)")
     runner.may_meet_unknown_ids = False  # the collator refuses them
     return runner
 

@@ -89,7 +89,7 @@ class DistillationMixin(Trainer):
         own_terms = type(self).extra_terms is not DistillationMixin.extra_terms
         suppress_unused_ids(base_model(self.model), self.processing_class)
         return DistillationLoss(
-            student=setup.make_runner(self.model, self.args, own_terms=own_terms),
+            student=setup.make_runner(self, own_terms=own_terms),
             teacher=self.teacher,
             task=find_task(self.model, "student"),
             teacher_inputs=self.teacher_inputs,
