@@ -38,6 +38,7 @@ from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.runner import ModelRunner
 from hf_distill.tasks import find_task, has_labels
 from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
+from hf_distill.teachers.placement import placed_by_itself
 
 Batch = Mapping[str, Any]
 T = TypeVar("T")
@@ -111,8 +112,7 @@ class _Pair:
         self.together = own and getattr(found, "together", False)
         self._itself = own or teacher is student
         self.teacher = None if self._itself else found
-        placed = [getattr(self.plain, name, None) for name in ("hf_device_map", "is_quantized")]
-        if not any([*placed, own]):
+        if not own and not placed_by_itself(self.plain):
             student.to(accelerator.device)
 
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -129,7 +129,7 @@ class _Pair:
         A model that is its own teacher is run once, so that it agrees with itself exactly.
         """
         inputs = self.task.model_inputs(batch)
-        ours = self.student.signal(inputs, targets, self.wrapped).logits
+        ours = self.student.signal(inputs, targets, self.wrapped).logits.to(targets.index.device)
         if self._itself:
             return ours, ours
         if self.teacher is None:
@@ -140,7 +140,7 @@ class _Pair:
                 f"the teacher {self.teacher.name!r} gives only some ids of its distributions, but "
                 "these figures compare whole distributions: evaluate with a live teacher"
             )
-        return ours, signal.logits
+        return ours, signal.logits.to(ours.device)
 
 
 def _quality(

@@ -71,7 +71,7 @@ def load_placed(name: str | Path, placement: str, **kwargs: Any) -> tuple[PreTra
         if state.is_main_process:
             try:
                 model = load_model(name, "teacher", **kwargs)
-                if not _placed_by_itself(model):
+                if not placed_by_itself(model):
                     size = weight_bytes(model)
                     placement = chosen(placement, size, state.num_processes, device_memory())
                 options = [(placement, model.config, model.dtype)]
@@ -91,7 +91,7 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
 
     raises: InputError for a quantised teacher, or one with a device map, that would have to move
     """
-    if _placed_by_itself(model):
+    if placed_by_itself(model):
         if placement not in ("auto", "replicated"):
             raise InputError(
                 f"teacher_placement is {placement!r}, but this teacher is quantised or has a "
@@ -128,8 +128,10 @@ def _on_cpu_only() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _placed_by_itself(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
+def placed_by_itself(model: nn.Module) -> bool:
+    """Whether a model was quantised, or spread over devices by hooks, when it was loaded."""
+    noted = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return bool(noted) or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _is_sharded(model: nn.Module) -> bool:
