@@ -14,6 +14,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     compile_regions,
     parse_flag_from_env,
+    patch_environment,
 )
 from torch import nn
 from transformers.integrations import deepspeed as zero
@@ -75,14 +76,16 @@ def made_whole() -> Iterator[None]:
     """A context in which models are made or loaded whole on this process.
 
     Once DeepSpeed's ZeRO-3 is set up, transformers partitions every new model over the processes. A
-    model for one process, or for another engine, would be incomplete.
+    model for one process, or for another engine, would be incomplete. Under FSDP it may expect that
+    weights are sent by the first process, which is done for the trained model only.
     """
     reference: Any = zero._hf_deepspeed_config_weak_ref
     kept = reference() if zero.is_deepspeed_zero3_enabled() else None
     if kept is not None:
         zero.unset_hf_deepspeed_config()
     try:
-        yield
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
     finally:
         if kept is not None:
             zero.set_hf_deepspeed_config(kept)

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from hf_distill.losses.linear_head import LinearHead, LogitTransform
@@ -188,6 +189,10 @@ def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     if type(head) is not nn.Linear:
         kind = type(head).__name__
         raise UnsupportedHead(f"its output head is a {kind}, not a plain linear layer")
+    weight = head.weight
+    # A quantised weight (torchao) is a wrapper around several tensors, as a DTensor is around one.
+    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
+        raise UnsupportedHead(f"the weight of its output head is a {type(weight).__name__}")
     forward = "forward" in vars(head) and _device_hook(head) is None
     if forward or head._forward_hooks or head._forward_pre_hooks:
         raise UnsupportedHead("its output head has hooks")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import TESTS, launch
+from distributed import PYTHONPATH, TESTS, launch
 from engine_worker import STEPS, make_trainer
 from trainer_setup import weights
 from transformers import GPT2LMHeadModel
@@ -80,7 +80,7 @@ def accelerate(folder: Path, engine: str, script: str, *words: str) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    told = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    told = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     return os.environ | told
 
 
