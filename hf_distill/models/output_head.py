@@ -79,7 +79,8 @@ class HeadReplacement:
             probe = torch.tensor(PROBE, device=hidden.device)
             # Attached to the loss: engines wait for gradients of what a forward returns.
             logits = probe if loss is None else probe + 0.0 * loss.float()
-            return logits.expand(*hidden.shape[:-1], len(PROBE))
+            # A copy: FSDP2 warns of views, on which its hook before the backward could be lost.
+            return logits.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
         try:
             with self._replaced(at_the_head):

@@ -146,6 +146,10 @@ def auxiliary_weight(model: Any) -> float:
     model = base_model(model)
     if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):  # no forward without all
         return _coefficient(model)
+    if getattr(model, "is_quantized", False):
+        # On a CPU with AVX512-BF16 a forward in evaluation mode packs the 4-bit weights of
+        # bitsandbytes 0.50 for good, and no gradient passes through them afterwards.
+        return _coefficient(model)
     added, auxiliary = added_loss(model)
     weight = _coefficient(model)
     explained = 0.0 if auxiliary is None else weight * auxiliary
