@@ -168,14 +168,14 @@ def run(folder: Path, engine: str, case: str) -> None:
     else:
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        wrapped: Any = trainer.model_wrapped
         if engine.startswith("zero"):
-            check_partition(trainer.model_wrapped, int(engine[-1]), whole)
+            check_partition(wrapped, int(engine[-1]), whole)
         else:
-            wrapped: Any = trainer.model_wrapped
             assert isinstance(wrapped, OptimizedModule) is case.endswith("compiled")
             wrapped = getattr(wrapped, "_orig_mod", wrapped)
             assert type(wrapped).__name__ == "DistributedDataParallel"
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        weights = trainer.accelerator.get_state_dict(wrapped)
     assert trainer._loss.student.fused  # the fused head has served to the end
     if trainer.is_world_process_zero():
         torch.save({k: v.cpu() for k, v in weights.items()}, folder / f"{case}.pt")

@@ -71,6 +71,18 @@ def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return whole
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing the 4-bit weights of a trained model on a CPU.
+
+    On a CPU with AVX512-BF16 it does so for good in the first forward without gradients in
+    evaluation mode. No gradient passes through the packed product afterwards.
+    """
+    layers: Iterator[Any] = model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def made_whole() -> Iterator[None]:
     """A context in which models are made or loaded whole on this process.

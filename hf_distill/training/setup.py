@@ -14,7 +14,7 @@ from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.objective import Objective
 from hf_distill.models.base import base_model
-from hf_distill.models.engines import compiles_in_one_graph
+from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
 from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
@@ -88,6 +88,7 @@ def make_runner(trainer: Any, *, own_terms: bool) -> ModelRunner:
     elif runner.fused and compiles_in_one_graph(trainer.accelerator):
         runner.use_whole_logits("it has to be compiled in one graph, the head included (fullgraph)")
     runner.may_meet_unknown_ids = False  # the collator refuses them
+    keep_unpacked(trainer.model)
     return runner
 
 
@@ -145,10 +146,6 @@ def auxiliary_weight(model: Any) -> float:
     """
     model = base_model(model)
     if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):  # no forward without all
-        return _coefficient(model)
-    if getattr(model, "is_quantized", False):
-        # On a CPU with AVX512-BF16 a forward in evaluation mode packs the 4-bit weights of
-        # bitsandbytes 0.50 for good, and no gradient passes through them afterwards.
         return _coefficient(model)
     added, auxiliary = added_loss(model)
     weight = _coefficient(model)
