@@ -13,6 +13,8 @@ from typing import NoReturn
 import torch
 
 TESTS = Path(__file__).parent
+# Workers import the library beside these tests, whichever one is installed.
+PYTHONPATH = f"{TESTS}{os.pathsep}{TESTS.parent}"
 
 
 def leave() -> NoReturn:
@@ -36,9 +38,7 @@ def launch(script: str, *arguments: str, processes: int = 2, timeout_s: int = 60
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += [f"--master_port={port}", str(TESTS / script), *arguments]
-    # The library that this process tests comes before one that is installed.
-    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, env=environment
     )

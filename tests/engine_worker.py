@@ -4,7 +4,8 @@
 
 ENGINE: ddp, zero1, zero2, zero3 (as accelerate's configuration says), or fsdp, which is torch's own
 `fully_shard` around the trainer's loss, since accelerate leaves it out on CPUs.
-CASE: ARCHITECTURE-STUDENT-TEACHER, as gpt2-lora-sharded; the parts are in `make_trainer`.
+CASE: ARCHITECTURE-STUDENT-TEACHER, as gpt2-lora-sharded; the parts are in `make_trainer`. A fourth
+part is one of `HOW`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from datasets import Dataset
 from distributed import leave
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,6 +32,15 @@ from hf_distill import DistillationTrainer, record
 from hf_distill.data import Collator
 
 STEPS, ROWS = 10, 8
+# Neither changes any figure.
+NOT_REENTRANT = {"use_reentrant": False}
+HOW: dict[str, dict[str, Any]] = {
+    "compiled": {"torch_compile_backend": "aot_eager"},
+    "checkpointed": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": NOT_REENTRANT,
+    },
+}
 
 
 def rows() -> Dataset:
@@ -52,7 +63,9 @@ def with_adapter(model: Any) -> Any:
 
 def make_trainer(folder: Path, case: str, processes: int, **options: Any) -> DistillationTrainer:
     """The same for one process and for several: every step sees the same rows."""
-    architecture, student_kind, teacher_kind = case.split("-")
+    architecture, student_kind, teacher_kind, *how = case.split("-")
+    for name in how:
+        options = HOW[name] | options
     model = small_model(0, architecture)
     if student_kind == "lora":
         model = with_adapter(model)
@@ -121,6 +134,10 @@ def train_fsdp(trainer: DistillationTrainer) -> tuple[list[float], dict[str, Ten
     layers = base.transformer.h if hasattr(base, "transformer") else base.model.layers
     for part in [*layers, *([] if tied else [base.lm_head]), model]:
         fully_shard(part, mesh=mesh)
+    if trainer.args.torch_compile:
+        model = torch.compile(model, backend=trainer.args.torch_compile_backend)
+    if trainer.args.activation_checkpointing:
+        base.gradient_checkpointing_enable(NOT_REENTRANT)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in trained)
     optimizer = torch.optim.SGD(trained, lr=trainer.args.learning_rate)
@@ -135,14 +152,15 @@ def train_fsdp(trainer: DistillationTrainer) -> tuple[list[float], dict[str, Ten
         optimizer.step()
         optimizer.zero_grad()
         losses.append(trainer.accelerator.reduce(loss.detach(), "mean").item())
-    whole = {k: v.full_tensor() for k, v in model.state_dict().items() if isinstance(v, DTensor)}
+    state = trainer.model.state_dict()
+    whole = {k: v.full_tensor() for k, v in state.items() if isinstance(v, DTensor)}
     return losses, whole
 
 
 def run(folder: Path, engine: str, case: str) -> None:
     trainer = make_trainer(folder, case, processes=2)
     whole = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    if case.endswith("sharded"):
+    if "sharded" in case:
         check_shards(trainer, small_model(1, case.split("-")[0], layers=2).num_parameters())
     assert trainer._loss.student.fused
     if engine == "fsdp":
@@ -150,11 +168,14 @@ def run(folder: Path, engine: str, case: str) -> None:
     else:
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        wrapped: Any = trainer.model_wrapped
         if engine.startswith("zero"):
-            check_partition(trainer.model_wrapped, int(engine[-1]), whole)
+            check_partition(wrapped, int(engine[-1]), whole)
         else:
-            assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            assert isinstance(wrapped, OptimizedModule) is case.endswith("compiled")
+            wrapped = getattr(wrapped, "_orig_mod", wrapped)
+            assert type(wrapped).__name__ == "DistributedDataParallel"
+        weights = trainer.accelerator.get_state_dict(wrapped)
     assert trainer._loss.student.fused  # the fused head has served to the end
     if trainer.is_world_process_zero():
         torch.save({k: v.cpu() for k, v in weights.items()}, folder / f"{case}.pt")

@@ -37,6 +37,7 @@ from hf_distill.models.engines import one_accelerator
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.tasks import find_task
 from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
+from hf_distill.teachers.placement import placed_by_itself
 
 Batch = Mapping[str, Any]
 T = TypeVar("T")
@@ -110,8 +111,7 @@ class _Pair:
         self.together = own and getattr(found, "together", False)
         self._itself = own or teacher is student
         self.teacher = None if self._itself else found
-        placed = [getattr(self.plain, name, None) for name in ("hf_device_map", "is_quantized")]
-        if not any([*placed, own]):
+        if not own and not placed_by_itself(self.plain):
             student.to(accelerator.device)
 
     def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -128,7 +128,7 @@ class _Pair:
         A model that is its own teacher is run once, so that it agrees with itself exactly.
         """
         inputs = self.task.model_inputs(batch)
-        ours = self.student.signal(inputs, targets, self.wrapped).logits
+        ours = self.student.signal(inputs, targets, self.wrapped).logits.to(targets.index.device)
         if self._itself:
             return ours, ours
         if self.teacher is None:
@@ -139,7 +139,7 @@ class _Pair:
                 f"the teacher {self.teacher.name!r} gives only some ids of its distributions, but "
                 "these figures compare whole distributions: evaluate with a live teacher"
             )
-        return ours, signal.logits
+        return ours, signal.logits.to(ours.device)
 
 
 def _quality(

@@ -169,7 +169,8 @@ class _Pass:
             teacher = None if signal is None else signal[chunk]
             if isinstance(teacher, Hidden):
                 assert teacher_buffer is not None
-                teacher = Logits(teacher_buffer.product(teacher.states))
+                # A teacher with a device map may have its head elsewhere.
+                teacher = Logits(teacher_buffer.product(teacher.states).to(logits.device))
             found.append(
                 self._evaluate_(logits, self.labels[chunk], teacher, self.weights[chunk], gradient)
             )

@@ -146,7 +146,7 @@ def plain_loss(
         elif isinstance(teacher, TopK):
             values["divergence"] = weights.function(*outcomes(log_q, teacher))
         else:
-            theirs = teacher.logits.to(wide.dtype)
+            theirs = teacher.logits.to(wide.device, wide.dtype)
             log_p = F.log_softmax(theirs[:, :shared] / temperature, dim=-1)
             values["divergence"] = weights.function(log_q, log_p)
             if not torch.is_grad_enabled():

@@ -30,7 +30,7 @@ class Logits:
 class Hidden:
     """The inputs of an output head, and the head.
 
-    states: (targets, width), in the dtype that their product is to be computed in
+    states: (targets, width), on the device where the product is to be computed, in its dtype
     gather: a context in which a head's weight is whole, where an engine keeps it in shards
     """
 
@@ -49,7 +49,7 @@ class Hidden:
 
     @property
     def logits(self) -> Tensor:
-        """All logits at once, (targets, ids), float32 or wider."""
+        """All logits at once, (targets, ids), float32 or wider, on the device of the states."""
         with self.whole() as signal, torch.autocast(self.states.device.type, enabled=False):
             product = signal.head.cast(self.states.dtype).product(self.states)
             wide = product if product.dtype == torch.float64 else product.float()

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    compile_regions,
+    parse_flag_from_env,
+    patch_environment,
+)
+from torch import nn
 from transformers.integrations import deepspeed as zero
 
 
@@ -42,19 +49,55 @@ def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
             AcceleratorState._reset_state()
 
 
+def compiles_in_one_graph(accelerator: Accelerator) -> bool:
+    """Whether models are compiled with `fullgraph`, which fails at a head that is replaced."""
+    plugin = accelerator.state.dynamo_plugin
+    return plugin.backend != DynamoBackend.NO and plugin.fullgraph
+
+
+def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A frozen model as accelerate's dynamo plugin would compile a trained one; itself without it.
+
+    The model is not changed, and shares its weights with what is returned. `fullgraph` is left
+    out, since a graph ends before an output head that is replaced.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return model
+    options = {**plugin.to_kwargs(), "fullgraph": False}
+    if plugin.use_regional_compilation:
+        return compile_regions(model, **options)
+    whole: Any = torch.compile(model, **options)
+    return whole
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing the 4-bit weights of a trained model on a CPU.
+
+    On a CPU with AVX512-BF16 it does so for good in the first forward without gradients in
+    evaluation mode. No gradient passes through the packed product afterwards.
+    """
+    layers: Iterator[Any] = model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def made_whole() -> Iterator[None]:
     """A context in which models are made or loaded whole on this process.
 
     Once DeepSpeed's ZeRO-3 is set up, transformers partitions every new model over the processes. A
-    model for one process, or for another engine, would be incomplete.
+    model for one process, or for another engine, would be incomplete. Under FSDP it may expect that
+    weights are sent by the first process, which is done for the trained model only.
     """
     reference: Any = zero._hf_deepspeed_config_weak_ref
     kept = reference() if zero.is_deepspeed_zero3_enabled() else None
     if kept is not None:
         zero.unset_hf_deepspeed_config()
     try:
-        yield
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
     finally:
         if kept is not None:
             zero.set_hf_deepspeed_config(kept)

@@ -47,7 +47,10 @@ OTHER_HEADS = _names(
     auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
 )
 # Keywords of `from_pretrained` that decide which config is read.
-WHERE = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
+WHERE = (
+    "revision", "code_revision", "subfolder", "cache_dir", "token", "trust_remote_code",
+    "local_files_only", "force_download",
+)  # fmt: skip
 
 
 def has_head(model: Any, task: str) -> bool:
@@ -60,6 +63,13 @@ def loader(name: str, task: str | None, **kwargs: Any) -> Any:
     if task is not None:
         return HEADS[task][0]
     config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in WHERE})
+    return auto_class(config, None)
+
+
+def auto_class(config: Any, task: str | None) -> Any:
+    """The auto class for a config."""
+    if task is not None:
+        return HEADS[task][0]
     saved = (getattr(config, "architectures", None) or [""])[0]
     found = [auto_class for auto_class, names in HEADS.values() if saved in names]
     if getattr(config, "is_encoder_decoder", False) and AutoModelForSeq2SeqLM in found:

@@ -13,10 +13,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from hf_distill.losses.linear_head import LinearHead, LogitTransform
@@ -47,6 +49,15 @@ class HeadReplacement:
         self.transform = _logit_transform(model)
         self._probed = False
         self._probes: dict[torch.device, Tensor] = {}
+        self._at_the_head: Callable[[Tensor], Tensor] | None = None
+        # Under torch.compile the graph ends before the head, which then runs as it is. A function
+        # that changed from call to call would be compiled again for each batch.
+        self._replacement = torch.compiler.disable(self._call)
+
+    @property
+    def head(self) -> LinearHead:
+        """The head's parameters as they are now: perhaps in shards, or offloaded."""
+        return LinearHead(self.module.weight, self._bias(), self.transform)
 
     def forward(
         self,
@@ -65,18 +76,18 @@ class HeadReplacement:
         """
         results: list[T] = []
 
-        def in_place_of_the_head(hidden: Tensor) -> Tensor:
-            head = LinearHead(self.module.weight, self._bias(), self.transform)
-            result, loss = use(hidden, head)
+        def at_the_head(hidden: Tensor) -> Tensor:
+            result, loss = use(hidden, self.head)
             results.append(result)
             probe = self._probe(hidden.device)
             # Attached to the loss: engines wait for gradients of what a forward returns.
             logits = probe if loss is None else probe + 0.0 * loss.float()
-            return logits.expand(*hidden.shape[:-1], len(PROBE))
+            # A copy: FSDP2 warns of views, on which its hook before the backward could be lost.
+            return logits.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
-        self.module.forward = in_place_of_the_head  # type: ignore[method-assign, assignment]
         try:
-            with nullcontext() if self._late is None else self._late.moved():
+            late = nullcontext() if self._late is None else self._late.moved()
+            with self._replaced(at_the_head), late:
                 outputs = model(**inputs)
         except torch.OutOfMemoryError:
             raise
@@ -85,8 +96,6 @@ class HeadReplacement:
                 raise
             # After the head: its logits met something as wide as the vocabulary.
             raise UnsupportedHead("its forward needs whole logits after the head") from error
-        finally:
-            del self.module.forward
         if len(results) != 1:
             raise UnsupportedHead(
                 f"its forward called the output head {len(results)} times, not once"
@@ -97,8 +106,32 @@ class HeadReplacement:
         return outputs, results[0]
 
     @contextmanager
+    def _replaced(self, at_the_head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """A context in which the head's forward is `at_the_head`.
+
+        A hook of accelerate has put its own forward there, which calls the head's. It goes on
+        moving the inputs to the head's device, and an offloaded weight there and back.
+        """
+        name = "_old_forward" if _device_hook(self.module) is not None else "forward"
+        kept = vars(self.module).get(name)
+        self._at_the_head = at_the_head
+        setattr(self.module, name, self._replacement)
+        try:
+            yield
+        finally:
+            self._at_the_head = None
+            if kept is None:
+                delattr(self.module, name)
+            else:
+                setattr(self.module, name, kept)
+
+    def _call(self, hidden: Tensor) -> Tensor:
+        assert self._at_the_head is not None
+        return self._at_the_head(hidden)
+
+    @contextmanager
     def gathered(self, head: LinearHead) -> Iterator[LinearHead]:
-        """The head as it is now, its weight whole where an engine keeps it in shards.
+        """The head as it is now, its weight whole where it is kept in shards or offloaded.
 
         With a sharded head, a collective of all processes.
         """
@@ -106,7 +139,9 @@ class HeadReplacement:
         # Inside the student's forward ZeRO-3 may already have gathered the weight; releasing it
         # here would break its bookkeeping.
         sharded = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
-        with _gathered(sharded), torch.no_grad():
+        with _gathered(sharded), _loaded(self.module), torch.no_grad():
+            now = self.head
+            parts = [now.weight] if now.bias is None else [now.weight, now.bias]
             weight, *bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
             yield LinearHead(weight, bias[0] if bias else None, head.transform)
 
@@ -165,6 +200,27 @@ def _gathered(parameters: list[Any]) -> Any:
     return GatheredParameters(parameters)
 
 
+@contextmanager
+def _loaded(module: nn.Module) -> Iterator[None]:
+    """Load an offloaded weight inside a context, as accelerate's hook does in a forward."""
+    hook = _device_hook(module)
+    if hook is None or not any(p.is_meta for p in module.parameters()):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def _device_hook(module: nn.Module) -> ModelHook | None:
+    """The hook by which accelerate moves inputs and weights of a module, if it has one."""
+    hook = getattr(module, "_hf_hook", None)
+    only = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return hook if all(type(part) is AlignDevicesHook for part in only) else None
+
+
 def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     head: Any = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):  # an adapter trains a copy of the head
@@ -176,7 +232,12 @@ def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
     if type(head) is not nn.Linear:
         kind = type(head).__name__
         raise UnsupportedHead(f"its output head is a {kind}, not a plain linear layer")
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+    weight = head.weight
+    # A quantised weight (torchao) is a wrapper around several tensors, as a DTensor is around one.
+    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
+        raise UnsupportedHead(f"the weight of its output head is a {type(weight).__name__}")
+    forward = "forward" in vars(head) and _device_hook(head) is None
+    if forward or head._forward_hooks or head._forward_pre_hooks:
         raise UnsupportedHead("its output head has hooks")
     return head
 

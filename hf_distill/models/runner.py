@@ -136,18 +136,25 @@ class ModelRunner:
         """Run the model without gradients, in its own autocast, and return its signal.
 
         batch: without labels; model: as in `run`, by default the runner's own
-        returns: on the device of the targets, in the dtype that the head would multiply in
+        returns: logits on the device of the targets; or the inputs of the output head, on the
+            device where it runs, in the dtype that it would multiply in
         """
         device = targets.index.device
 
         def keep(found: Hidden | Logits) -> tuple[Hidden | Logits, None]:
             if isinstance(found, Logits):
                 return Logits(found.logits.to(device)), None
-            states = found.states.to(device, product_dtype(found.states))
-            return Hidden(states, found.head, found.gather), None
+            return Hidden(
+                found.states.to(product_dtype(found.states)), found.head, found.gather
+            ), None
 
         with self.autocast():
-            return self.run(model or self.model, batch, targets, keep)[0]
+            found = self.run(self.model if model is None else model, batch, targets, keep)[0]
+        if isinstance(found, Hidden) and self._head is not None:
+            # After the forward an offloaded head has left its device: the one that was seen in it
+            # would stay there until the signal is used, and be loaded a second time.
+            return Hidden(found.states, self._head.head, found.gather)
+        return found
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The keywords for the model's forward.

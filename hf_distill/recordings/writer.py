@@ -161,7 +161,8 @@ class RecordingWriter:
             assert isinstance(at_hand, Hidden | Logits)
             for at in range(0, len(wanted), chunk):
                 part = slice(at, at + chunk)
-                logits = at_hand[part].logits[:, : self.header.vocabulary].float()
+                logits = at_hand[part].logits[:, : self.header.vocabulary]
+                logits = logits.to(self.device, torch.float32)
                 parts.append(self._stored(logits, wanted[part], generator))
         stored = _joined(parts)
         if self.rounding is None and isinstance(stored, TopK):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.losses.signals import Signal
 from hf_distill.losses.targets import Targets
 from hf_distill.models.base import base_model
+from hf_distill.models.engines import compiled
 from hf_distill.models.loading import local_tokenizer
 from hf_distill.tasks import Task, find_task
 from hf_distill.teachers.placement import check_placement, place
@@ -63,6 +64,7 @@ class LiveTeacher:
         self.tokenizer = tokenizer or local_tokenizer(plain.config.name_or_path)
         self.reads = self.runner.embedding_rows
         self.together = False
+        self._compiled = model  # until it is compiled
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
         """Place the weights, log where, and follow the accelerator's mixed precision."""
@@ -70,6 +72,8 @@ class LiveTeacher:
             self._where = place(self.model, self._placement, accelerator)
             self.together = self._where.startswith("sharded")
             accelerator.print(f"teacher: {Path(self.name).name}, {self._where}")
+            if self._where.startswith("replicated"):
+                self._compiled = compiled(self.model, accelerator)
         self._follow(accelerator, student_reads)
 
     def _follow(self, accelerator: Accelerator, student_reads: int) -> None:
@@ -81,4 +85,4 @@ class LiveTeacher:
         """The inputs of its output head at the targets; logits where the head is not supported."""
         # At each step: a wrapper's .train() elsewhere would switch dropout on again.
         self.model.eval()
-        return self.runner.signal(inputs, targets)
+        return self.runner.signal(inputs, targets, self._compiled)

@@ -13,17 +13,19 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState, cpu_offload, init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_distill.errors import InputError
 from hf_distill.models.engines import made_whole
-from hf_distill.models.loading import load_model
+from hf_distill.models.heads import WHERE, auto_class
+from hf_distill.models.loading import load_model, not_found
 
 PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
 # Up to this share of a device's memory a teacher is replicated: gathering costs time at every step.
@@ -61,31 +63,63 @@ def load_placed(
 ) -> tuple[PreTrainedModel, str]:
     """Load a teacher by id or path and decide its placement; returns both.
 
-    A collective of all processes. A teacher that will be sharded is read by one process; the others
-    get a model without weights, which `place` fills.
+    A collective of all processes. A replicated teacher is read straight to the device of each
+    process, never whole into the memory of the CPU before. A teacher that will be sharded is read
+    by one process; the others get a model without weights, which `place` fills.
+    raises: InputError if it cannot be loaded
     """
     state = PartialState()
     with made_whole():
-        if state.num_processes == 1:
-            return load_model(name, "teacher", task, **kwargs), placement
-        options: list[Any] = [None]
-        model: PreTrainedModel | None = None
-        if state.is_main_process:
-            try:
-                model = load_model(name, "teacher", task, **kwargs)
-                if not _placed_by_itself(model):
-                    size = weight_bytes(model)
-                    placement = chosen(placement, size, state.num_processes, device_memory())
-                options = [(placement, model.config, model.dtype)]
-            except InputError as error:
-                options = [str(error)]
-        options = broadcast_object_list(options)
-        if isinstance(options[0], str):
-            raise InputError(options[0])
-        placement, config, dtype = options[0]
-        if model is None and placement != "sharded":
+        if kwargs.get("device_map") is not None:
             model = load_model(name, "teacher", task, **kwargs)
-        return model or _without_weights(config, dtype), placement
+            if not hasattr(model, "hf_device_map"):  # set by transformers for several devices only
+                vars(model)["hf_device_map"] = {"": model.device}
+            return model, placement
+        to_device = {**kwargs, "device_map": {"": state.device}}
+        size = size_of(name, task, **kwargs)
+        if size is None:
+            return load_model(name, "teacher", task, **to_device), placement
+        choice = chosen(placement, size, state.num_processes, device_memory())
+        if choice == "sharded":
+            return _read_once(name, task, **kwargs), choice
+        model = load_model(
+            name, "teacher", task, **(to_device if choice == "replicated" else kwargs)
+        )
+        return model, placement if state.num_processes == 1 else choice
+
+
+def size_of(name: str | Path, task: str | None = None, **kwargs: Any) -> int | None:
+    """The bytes of a model's weights, by its config; None if it is quantised."""
+    try:
+        config = AutoConfig.from_pretrained(
+            str(name), **{key: kwargs[key] for key in WHERE if key in kwargs}
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(not_found("teacher", name, error)) from error
+    if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
+        return None
+    asked = kwargs.get("dtype", "auto")
+    dtype = config.dtype if asked in ("auto", None) else asked
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    trusted = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    return weight_bytes(_without_weights(config, dtype or torch.float32, task, **trusted))
+
+
+def _read_once(name: str | Path, task: str | None, **kwargs: Any) -> PreTrainedModel:
+    """The model on the main process, and one without weights on the others."""
+    state = PartialState()
+    options: list[Any] = [None]
+    model: PreTrainedModel | None = None
+    if state.is_main_process:
+        try:
+            model = load_model(name, "teacher", task, **kwargs)
+            options = [(model.config, model.dtype)]
+        except InputError as error:
+            options = [str(error)]
+    options = broadcast_object_list(options)
+    if isinstance(options[0], str):
+        raise InputError(options[0])
+    return model or _without_weights(*options[0], task)
 
 
 def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> str:
@@ -93,12 +127,13 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
 
     raises: InputError for a quantised teacher, or one with a device map, that would have to move
     """
-    if _placed_by_itself(model):
+    if placed_by_itself(model):
         if placement not in ("auto", "replicated"):
             raise InputError(
                 f"teacher_placement is {placement!r}, but this teacher is quantised or has a "
                 "device_map, and stays where that has put it: leave teacher_placement at 'auto'"
             )
+        _meet_inputs(model, accelerator.device)
         return f"as loaded, {_mb(weight_bytes(model))}"
     if _is_sharded(model):
         return "sharded"
@@ -113,6 +148,23 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
         return f"offloaded, {_mb(whole)} on the CPU"
     model.to(accelerator.device)
     return f"replicated, {_mb(whole)} on each of {processes} devices{alone}"
+
+
+def _meet_inputs(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring a model that is whole on one device and its inputs, which are on another, together.
+
+    A quantised model moves if its kind can. Another one was put there by its device map, and a hook
+    takes the inputs there and the outputs back, as for a model spread over several devices.
+    """
+    if hasattr(model, "_hf_hook") or _same(model.device, device):
+        return
+    if not getattr(model, "hf_device_map", None) and not _has_hooks(model):
+        try:
+            model.to(device)  # type: ignore[arg-type]  # its decorator hides self
+            return
+        except (ValueError, RuntimeError, NotImplementedError):
+            pass  # not every kind of quantisation can move
+    add_hook_to_module(model, AlignDevicesHook(model.device, io_same_device=True))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -130,8 +182,21 @@ def _on_cpu_only() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _placed_by_itself(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
+def placed_by_itself(model: nn.Module) -> bool:
+    """Whether a model was quantised, or spread over devices by hooks, when it was loaded."""
+    noted = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return bool(noted) or _has_hooks(model)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _same(a: torch.device, b: torch.device) -> bool:
+    """Whether two devices are one; without an index, a device is the current one of its type."""
+    if a.type == b.type == "cpu":
+        return True
+    return torch.empty(0, device=a).device == torch.empty(0, device=b).device
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -144,9 +209,11 @@ def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def _without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(
+    config: Any, dtype: torch.dtype, task: str | None, **options: Any
+) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config, task).from_config(config, dtype=dtype, **options)
     model.tie_weights()  # the empty parameters are not tied yet
     return model
 

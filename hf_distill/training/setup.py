@@ -14,6 +14,7 @@ from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.objective import Objective
 from hf_distill.models.base import base_model
+from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
 from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
@@ -86,16 +87,15 @@ def check_student(model: Any, task: str | None) -> None:
             )
 
 
-def make_runner(
-    task: Task, model: Any, args: DistillationArguments, *, own_terms: bool
-) -> ModelRunner:
+def make_runner(task: Task, trainer: Any, *, own_terms: bool) -> ModelRunner:
     """The student's runner. own_terms: whether a subclass overrides `extra_terms`."""
-    runner = task.runner(model, "student", fused=args.fused_head, strict=True)
+    runner = task.runner(trainer.model, "student", fused=trainer.args.fused_head, strict=True)
     if runner.fused and own_terms:
         runner.use_whole_logits("extra_terms may look at its logits")
-    elif runner.fused and args.torch_compile:
-        runner.use_whole_logits("it is compiled as a whole")
+    elif runner.fused and compiles_in_one_graph(trainer.accelerator):
+        runner.use_whole_logits("it has to be compiled in one graph, the head included (fullgraph)")
     runner.may_meet_unknown_ids = False  # the collator refuses them
+    keep_unpacked(trainer.model)
     return runner
 
 
@@ -107,9 +107,7 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
     if teacher is not None:
         task.check_pair(base_model(trainer.model), base_model(teacher))
     return DistillationLoss(
-        student=make_runner(
-            task, trainer.model, trainer.args, own_terms=trainer.overrides("extra_terms")
-        ),
+        student=make_runner(task, trainer, own_terms=trainer.overrides("extra_terms")),
         teacher=trainer.teacher,
         task=task,
         step_targets=StepTargets(task),

@@ -241,6 +241,22 @@ def test_quantised_students_and_teachers(bits: int, tmp_path: Path) -> None:
         )
 
 
+def test_a_four_bit_student_keeps_its_gradient(tmp_path: Path) -> None:
+    """After an evaluation, and beside a teacher that is its own base."""
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    small_model(1, "llama", 2, **shape).save_pretrained(tmp_path / "model")
+    asked = {"quantization_config": {"load_in_4bit": True}}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **asked)
+    student = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    trainer = make_trainer(tmp_path / "q", student, student)
+    trainer.evaluate()
+    start = {name: value.clone() for name, value in student.named_parameters() if "lora_B" in name}
+    trainer.train()
+    moved = dict(student.named_parameters())
+    assert all(not torch.equal(moved[name], value) for name, value in start.items())
+
+
 def test_a_self_taught_student_is_evaluated_beside_its_base(tiny_tokenizer: Any) -> None:
     model = adapted()
     rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in make_rows(6, 0)]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import TESTS, launch
-from engine_worker import STEPS, make_trainer
+from distributed import PYTHONPATH, TESTS, launch
+from engine_worker import HOW, STEPS, make_trainer
 from trainer_setup import weights
 from transformers import GPT2LMHeadModel
 
@@ -28,16 +28,22 @@ ALL = [f"gpt2-{s}-{t}" for s in STUDENTS for t in TEACHERS] + ["gpt2-lora-itself
 UNTIED = [f"llama-{s}-{t}" for s in STUDENTS for t in ("replicated", "sharded")]
 
 SLICE = {
-    "ddp": ["gpt2-full-sharded", "gpt2-lora-itself", "gpt2-full-stream"],
+    "ddp": [
+        "gpt2-full-sharded",
+        "gpt2-lora-itself",
+        "gpt2-full-stream",
+        "llama-full-replicated-compiled",
+    ],
     "zero3": ["gpt2-full-sharded", "gpt2-full-recorded", "gpt2-lora-itself"],
-    "fsdp": ["llama-full-sharded", "gpt2-lora-replicated"],
+    "fsdp": ["llama-full-sharded", "gpt2-lora-replicated", "llama-full-replicated-checkpointed"],
 }
+IN_ANOTHER_WAY = [f"llama-full-{t}-{how}" for t in ("replicated", "sharded") for how in HOW]
 GRID = {
-    "ddp": [*ALL, "gpt2-full-stream"],
+    "ddp": [*ALL, "gpt2-full-stream", *IN_ANOTHER_WAY],
     "zero1": ALL,
     "zero2": ALL,
-    "zero3": [*ALL, *UNTIED],
-    "fsdp": [*ALL, *UNTIED],
+    "zero3": [*ALL, *UNTIED, "llama-full-replicated-checkpointed"],
+    "fsdp": [*ALL, *UNTIED, *IN_ANOTHER_WAY],
 }
 
 pytestmark = [
@@ -80,7 +86,7 @@ def accelerate(folder: Path, engine: str, script: str, *words: str) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    told = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    told = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     return os.environ | told
 
 
@@ -90,7 +96,8 @@ def check_equal(folder: Path, engine: str, cases: list[str]) -> None:
         found = json.loads((folder / f"{case}.json").read_text())
         assert found["world"] == 2
         # A teacher that is the student's own base equals one with weights of its own.
-        single = make_trainer(folder / "one", case.replace("itself", "copy"), processes=1)
+        plain = "-".join(case.split("-")[:3]).replace("itself", "copy")
+        single = make_trainer(folder / "one", plain, processes=1)
         single.train()
         losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
         assert len(losses) == STEPS

@@ -129,13 +129,14 @@ def test_fused_is_plain_for_every_family(name: str, tmp_path: Path, heads: list[
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_of_activations(reentrant: bool, tmp_path: Path) -> None:
+def test_checkpointing_of_activations(reentrant: bool, tmp_path: Path, heads: list[int]) -> None:
     option = {
         "activation_checkpointing": True,
         "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
     }
     expected = trained(tmp_path, fused_head=False)
     torch.testing.assert_close(trained(tmp_path, **option), expected, rtol=1e-4, atol=1e-5)
+    assert len(heads) == 3  # once a step: the backward runs layers again, but not the head
 
 
 def test_accumulation(tmp_path: Path) -> None:
