@@ -119,7 +119,8 @@ def _read_once(name: str | Path, task: str | None, **kwargs: Any) -> PreTrainedM
     options = broadcast_object_list(options)
     if isinstance(options[0], str):
         raise InputError(options[0])
-    return model or _without_weights(*options[0], task)
+    config, dtype = options[0]
+    return model or _without_weights(config, dtype, task)
 
 
 def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> str:
