@@ -26,14 +26,14 @@ LARGEST_MIB = 55
 
 # Large packages of the machine's own. matplotlib is imported by the report only.
 PROVIDED = {"matplotlib", "numpy", "pandas", "pyarrow", "pytest", "scipy", "torch", "triton"}
-WHEELS = """
+NAMES = """
 accelerate aiohappyeyeballs aiohttp aiosignal annotated-doc annotated-types anyio attrs certifi
 charset-normalizer click datasets datasketch dill evaluate filelock frozenlist fsspec ftfy h11
 hf-xet httpcore2 httpx2 huggingface_hub hypothesis idna jinja2 liger-kernel markdown-it-py
 markupsafe mdurl multidict multiprocess packaging peft propcache psutil pydantic pydantic_core
 pygments pyyaml regex requests rich safetensors shellingham sortedcontainers tokenizers tqdm
 transformers trl truststore typer typing-inspection typing_extensions urllib3 wcwidth xxhash yarl
-""".split()
+"""
 # Published as sources only. A wheel is built if it holds no compiled code; else it is left out.
 SOURCES = {"deepspeed": ["einops", "hjson", "msgpack", "ninja", "py-cpuinfo"]}
 
@@ -81,7 +81,7 @@ def collect(folder: Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
-    if error := pip("download", *TARGET, "--dest", str(folder), *versions(WHEELS)):
+    if error := pip("download", *TARGET, "--dest", str(folder), *versions(NAMES.split())):
         raise SystemExit(f"pip could not download the wheels: {error}")
     left_out = []
     for name, needs in SOURCES.items():
