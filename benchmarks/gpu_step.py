@@ -25,8 +25,10 @@ VARIANTS = {"floor": "floor", "live": "ours", "recorded": "recorded"}
 VARIANTS |= {"finetuning": "finetuning", "plain": "plain", "gkd": "gkd"}
 GPT2 = {"teacher": "gpt2-medium", "student": "gpt2", "batch": 8, "length": 1024, "repeats": 8}
 QWEN = {"teacher": "qwen2-1.5b", "student": "qwen2-0.5b", "batch": 4, "length": 1024, "repeats": 8}
-TINY = {"batch": 2, "length": 32, "repeats": 1}
-DRY = {"teacher": "small-vocabulary", "student": "small-vocabulary", **TINY}
+TINY = {"teacher": "small-vocabulary", "student": "small-vocabulary"}
+TINY |= {"batch": 2, "length": 32, "repeats": 1}
+PAIRS = {"gpt2-medium to gpt2": GPT2, "qwen2-1.5b to qwen2-0.5b": QWEN}
+DRY_PAIRS = {"tiny to tiny": TINY}
 
 
 class DeviceClock(TrainerCallback):
@@ -54,19 +56,19 @@ class DeviceClock(TrainerCallback):
         return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self.marks)]
 
 
+def pairs() -> dict[str, dict[str, Any]]:
+    return PAIRS if torch.cuda.is_available() else DRY_PAIRS
+
+
 def cases() -> list[dict[str, str]]:
-    pairs = [GPT2, QWEN] if torch.cuda.is_available() else [DRY]
-    names = [f"{pair['teacher']} to {pair['student']}" for pair in pairs]
-    return [{"pair": name, "variant": variant} for name in names for variant in VARIANTS]
+    return [{"pair": pair, "variant": variant} for pair in pairs() for variant in VARIANTS]
 
 
 def run(case: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step and peak memory, after two steps that are not counted."""
     free_memory()
     cuda = torch.cuda.is_available()
-    teacher, student = case["pair"].split(" to ")
-    sizes = next(pair for pair in (GPT2, QWEN, DRY) if pair["teacher"] == teacher)
-    options = argparse.Namespace(**sizes, dtype="bfloat16", device=device().type)
+    options = argparse.Namespace(**pairs()[case["pair"]], dtype="bfloat16", device=device().type)
     clock: Any = DeviceClock() if cuda else Clock()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
