@@ -1,0 +1,46 @@
+"""FSDP2 and ZeRO on one device equal a CPU without an engine."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import launch
+from engine_worker import make_trainer
+from trainer_setup import weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("teacher", ["replicated", "recorded"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_an_engine_on_one_device(
+    engine: str,
+    teacher: str,
+    tmp_path: Path,
+    device: torch.device,
+    dry: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if engine == "fsdp2" and device.type == "cpu":
+        pytest.skip("accelerate leaves FSDP out on CPUs")
+    if engine != "fsdp2" and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    if dry:
+        if (engine, teacher) != ("zero2", "replicated"):
+            pytest.skip("one engine is enough for a dry run")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    case = f"gpt2-full-{teacher}"
+    launch("gpu_worker.py", str(tmp_path), engine, case, processes=1, timeout_s=55)
+    found = torch.load(tmp_path / "weights.pt")
+    trainer = make_trainer(tmp_path / "cpu", case, processes=1)
+    trainer.train()
+    for name, value in weights(trainer).items():
+        if name in found:  # an engine may save a tied weight once
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    assert len(found) >= len(weights(trainer)) - 1
