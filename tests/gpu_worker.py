@@ -2,7 +2,7 @@
 
     gpu_worker.py FOLDER ENGINE CASE
 
-ENGINE: fsdp2, zero2 or zero3; CASE: see `engine_worker`.
+ENGINE: ddp, fsdp2, zero2 or zero3; CASE: see `engine_worker`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from distributed import leave
 from engine_worker import make_trainer
 
 ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
     **{
         f"zero{stage}": {
@@ -38,8 +39,9 @@ def run(folder: Path, engine: str, case: str) -> None:
     trainer = make_trainer(folder, case, processes=1, use_cpu=on_cpu, **ENGINES[engine])
     trainer.train()
     wrapped: Any = trainer.model_wrapped
-    if engine == "fsdp2":
-        assert type(wrapped).__name__.startswith("FSDP"), type(wrapped)
+    kinds = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP"}
+    if engine in kinds:
+        assert type(wrapped).__name__.startswith(kinds[engine]), type(wrapped)
     else:
         assert wrapped.zero_optimization_stage() == int(engine[-1])
     assert trainer._loss.student.fused
