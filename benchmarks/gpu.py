@@ -152,6 +152,7 @@ class Kit:
             self.environment |= {
                 "HF_DISTILL_GPU_DRY": "1",
                 "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
                 "TRITON_INTERPRET": "1",
                 "TORCH_COMPILE_DISABLE": "1",  # compiling takes longer than all the rest
             }

@@ -43,29 +43,32 @@ def _is_floor(row: dict[str, Any]) -> bool:
 
 def write_tables(result: dict[str, Any]) -> None:
     """Print one line a benchmark row, the tests that failed, and one line a section."""
-    sections = result["sections"]
+    sections, dry = result["sections"], result["dry"]
     for row in sections.get("head", {}).get("rows", []):
         case = f"{row['dtype']:<9}V={row['vocab']:<7}N={row['targets']:<6}d={row['width']:<5}"
-        print(f"{case}{row['variant']:<12}{_figures(row, 'times_products')}")
+        print(f"{case}{row['variant']:<12}{_figures(row, 'times_products', dry)}")
     for row in sections.get("step", {}).get("rows", []):
-        print(f"{row['pair']:<26}{row['variant']:<12}{_figures(row, 'times_floor')}")
+        print(f"{row['pair']:<26}{row['variant']:<12}{_figures(row, 'times_floor', dry)}")
     for row in sections.get("tests", {}).get("rows", []):
         if row.get("outcome") == "failed":
             print(f"failed: {row['test']}: {row['error'].splitlines()[0][:160]}")
-    print("machine: " + ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v))
+    machine = {k: v for k, v in result["machine"].items() if v and not (dry and "_s" in k)}
+    print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
     for name, section in sections.items():
         counts = [f"{section['cases']} cases"] if "cases" in section else []
         counts += [f"{section['left_out']} left out"] if section.get("left_out") else []
         error = section.get("error") or section.get("reason") or ""
         parts = [section["status"], f"{section['seconds']:.1f} s", *counts, error[:300]]
         print(f"{name:<9}{', '.join(filter(None, parts))}")
-    if result["dry"]:
-        print("a dry run on a CPU with tiny sizes: its times and memory are no figures")
+    if dry:
+        print("a dry run on a CPU with tiny sizes: the times in gpu.json are no figures")
 
 
-def _figures(row: dict[str, Any], ratio: str) -> str:
+def _figures(row: dict[str, Any], ratio: str, dry: bool) -> str:
     if "seconds" not in row:
         return row.get("error", "no result")[:120]
+    if dry:
+        return "ran"
     low, high = row["seconds_range"]
     text = f"{1e3 * row['seconds']:9.2f} ms ({1e3 * low:.2f} to {1e3 * high:.2f})"
     text += f"{row.get(ratio, float('nan')):7.2f} x"

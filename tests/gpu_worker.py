@@ -22,7 +22,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{
         f"zero{stage}": {
             "deepspeed": {
-                "zero_optimization": {"stage": stage},
+                "zero_optimization": {
+                    "stage": stage,
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
                 "zero_allow_untested_optimizer": True,
                 "train_batch_size": "auto",
                 "train_micro_batch_size_per_gpu": "auto",
