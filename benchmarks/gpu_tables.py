@@ -7,6 +7,8 @@ from typing import Any
 # What makes two rows of a benchmark comparable.
 HEAD_CASE = ("dtype", "vocab", "targets", "width")
 STEP_CASE = ("pair",)
+# Failed tests that are printed; gpu.json has all of them.
+MOST_FAILED = 20
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,9 +51,12 @@ def write_tables(result: dict[str, Any]) -> None:
         print(f"{case}{row['variant']:<12}{_figures(row, 'times_products', dry)}")
     for row in sections.get("step", {}).get("rows", []):
         print(f"{row['pair']:<26}{row['variant']:<12}{_figures(row, 'times_floor', dry)}")
-    for row in sections.get("tests", {}).get("rows", []):
-        if row.get("outcome") == "failed":
-            print(f"failed: {row['test']}: {row['error'].splitlines()[0][:160]}")
+    tests = sections.get("tests", {}).get("rows", [])
+    failed = [row for row in tests if row.get("outcome") == "failed"]
+    for row in failed[:MOST_FAILED]:
+        print(f"failed: {row['test']}: {row['error'].splitlines()[0][:160]}")
+    if len(failed) > MOST_FAILED:
+        print(f"failed: {len(failed) - MOST_FAILED} more, see gpu.json")
     machine = {k: v for k, v in result["machine"].items() if v and not (dry and "_s" in k)}
     print("machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()))
     for name, section in sections.items():

@@ -10,6 +10,9 @@ import os
 
 import pytest
 import torch
+from packaging.version import Version
+
+from hf_distill.losses.kernels.interface import Kernel
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,14 @@ def device(dry: bool) -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device; HF_DISTILL_GPU_DRY=1 runs the GPU tests on the CPU")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def triton_kernel(device: torch.device, dry: bool) -> Kernel:
+    """The kernel under test; skips without Triton."""
+    triton = pytest.importorskip("triton")
+    if dry and Version(triton.__version__) < Version("3.9"):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not run these kernels")
+    from hf_distill.losses.kernels.triton import TritonKernel
+
+    return TritonKernel()

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from kernel_case import KernelCase
 
 from hf_distill.losses.divergences import DIVERGENCES
+from hf_distill.losses.kernels.interface import Kernel
 from hf_distill.losses.kernels.torch import TorchKernel
 from hf_distill.losses.linear_head import LogitTransform
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def kernel(device: torch.device) -> Any:
-    pytest.importorskip("triton")
-    from hf_distill.losses.kernels.triton import TritonKernel
-
-    return TritonKernel()
 
 
 def size(dry: bool, ids: int = 50257) -> dict[str, int]:
@@ -32,11 +23,16 @@ def size(dry: bool, ids: int = 50257) -> dict[str, int]:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_value_and_gradient(
-    name: str, temperature: float, dtype: torch.dtype, kernel: Any, device: torch.device, dry: bool
+    name: str,
+    temperature: float,
+    dtype: torch.dtype,
+    triton_kernel: Kernel,
+    device: torch.device,
+    dry: bool,
 ) -> None:
     case = KernelCase(device, dtype, name, temperature, **size(dry))
     teacher = case.live()
-    found = case.run(kernel, teacher)
+    found = case.run(triton_kernel, teacher)
     case.check(found, case.truth(teacher))
     case.check(found, case.run(TorchKernel(torch.float32, device), teacher))
 
@@ -44,25 +40,25 @@ def test_value_and_gradient(
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_of_evaluation(
-    name: str, temperature: float, kernel: Any, device: torch.device, dry: bool
+    name: str, temperature: float, triton_kernel: Kernel, device: torch.device, dry: bool
 ) -> None:
     case = KernelCase(device, torch.bfloat16, name, temperature, **size(dry))
     teacher = case.live()
-    found = case.run(kernel, teacher, gradient=False)
+    found = case.run(triton_kernel, teacher, gradient=False)
     assert {"teacher_ce", "top1_agreement"} <= found[0].keys()
     case.check(found, case.truth(teacher, gradient=False))
 
 
 @pytest.mark.parametrize("ids", [2, 1000, 151936])
-def test_vocabularies(ids: int, kernel: Any, device: torch.device, dry: bool) -> None:
+def test_vocabularies(ids: int, triton_kernel: Kernel, device: torch.device, dry: bool) -> None:
     shape = size(dry, ids) | ({"ids": min(ids, 83)} if dry else {})
     case = KernelCase(device, torch.bfloat16, "forward_kl", 1.0, **shape)
     teacher = case.live()
-    case.check(case.run(kernel, teacher), case.truth(teacher))
+    case.check(case.run(triton_kernel, teacher), case.truth(teacher))
 
 
-def test_scale_and_soft_capping(kernel: Any, device: torch.device, dry: bool) -> None:
+def test_scale_and_soft_capping(triton_kernel: Kernel, device: torch.device, dry: bool) -> None:
     end = LogitTransform(scale=0.7, cap=5.0)
     case = KernelCase(device, torch.float32, "jsd", 2.0, **size(dry), transform=end)
     teacher = case.live()
-    case.check(case.run(kernel, teacher), case.truth(teacher))
+    case.check(case.run(triton_kernel, teacher), case.truth(teacher))
