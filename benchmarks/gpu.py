@@ -227,11 +227,12 @@ class Kit:
             while True:
                 changed = [worker.look() for worker in workers if not worker.finished]
                 late = time.monotonic() - start > limit_s
-                if any(changed) or not changed or late:
+                over = late or all(worker.finished for worker in workers)
+                if any(changed) or over:
                     section["seconds"] = round(time.monotonic() - start, 1)
                     section["rows"] = with_ratios([row for w in workers for row in w.rows])
                     self.save()
-                if late or all(worker.finished for worker in workers):
+                if over:
                     break
                 time.sleep(0.1)
         finally:
@@ -240,6 +241,8 @@ class Kit:
         section |= self._outcome(workers, late and not all(w.finished for w in workers))
         if name == "machine" and section["rows"]:
             self.result["machine"] = section["rows"][0]
+            if "error" in self.result["machine"]:
+                section |= {"status": "failed", "error": self.result["machine"]["error"]}
         self.save()
 
     @staticmethod

@@ -28,7 +28,7 @@ EXPECTED: dict[tuple[Any, ...], tuple[float, float]] = {}
 
 def cases() -> list[dict[str, Any]]:
     """Every (case, variant), the most important first."""
-    if not torch.cuda.is_available():
+    if device().type == "cpu":
         shape = {"vocab": 257, "targets": 64, "width": 32}
         pairs = product(("bfloat16", "float32"), [*QUICK, *COMPILING])
         return [{"dtype": dtype, **shape, "variant": variant} for dtype, variant in pairs]
@@ -73,5 +73,5 @@ def run(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    RATE = copy_gb_s(1024 if torch.cuda.is_available() else 1)
+    RATE = copy_gb_s(1024 if device().type == "cuda" else 1)
     run_cases(cases(), run)

@@ -47,7 +47,7 @@ def product_tflop_s(dtype: torch.dtype, size: int) -> float:
 
 
 def machine(_: Mapping[str, Any]) -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
+    cuda = device().type == "cuda"
     card = torch.cuda.get_device_properties(0) if cuda else None
     return {
         "card": None if card is None else card.name,

@@ -57,7 +57,7 @@ class DeviceClock(TrainerCallback):
 
 
 def pairs() -> dict[str, dict[str, Any]]:
-    return PAIRS if torch.cuda.is_available() else DRY_PAIRS
+    return PAIRS if device().type == "cuda" else DRY_PAIRS
 
 
 def cases() -> list[dict[str, str]]:
@@ -67,12 +67,14 @@ def cases() -> list[dict[str, str]]:
 def run(case: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step and peak memory, after two steps that are not counted."""
     free_memory()
-    cuda = torch.cuda.is_available()
+    cuda = device().type == "cuda"
     options = argparse.Namespace(**pairs()[case["pair"]], dtype="bfloat16", device=device().type)
     clock: Any = DeviceClock() if cuda else Clock()
+    found: dict[str, Any] = {"tokens": options.batch * options.length}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    found: dict[str, Any] = {"tokens": options.batch * options.length}
+        # Near zero, unless an earlier case has left something.
+        found["before_mb"] = round(torch.cuda.memory_allocated() / MB, 1)
     if case["variant"] == "floor":
         floor(options, None, clock)
     else:

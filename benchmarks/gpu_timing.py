@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +16,12 @@ MB = 2**20
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The card; the CPU in a dry run only, so that its times are never taken for a card's."""
+    if os.environ.get("HF_DISTILL_GPU_DRY") == "1":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device: --dry runs on a CPU")
+    return torch.device("cuda")
 
 
 def free_memory() -> None:
@@ -36,7 +42,7 @@ def timed_on_device(
         was allocated before) and allocated_mb (all allocations of one call together)
     """
     work()
-    if not torch.cuda.is_available():
+    if device().type == "cpu":
         seconds = [_by_clock(work) for _ in range(least)]
         return _summary(seconds)
     torch.cuda.synchronize()

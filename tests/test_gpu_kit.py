@@ -110,6 +110,21 @@ def test_a_section_that_cannot_start_says_so(
     assert "nothing_of_this_name" in (tmp_path / "out" / "gpu.log").read_text()
 
 
+def test_without_a_card_it_says_so(tmp_path: Path) -> None:
+    """Instead of times of a CPU that look like those of a card."""
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), "--only", "head", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    for name in ("machine", "head"):
+        assert sections[name]["status"] == "failed"
+    assert "no CUDA device: --dry runs on a CPU" in done.stdout
+
+
 def test_a_section_stops_at_its_limit(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from hf_distill.losses.signals import Logits
 pytestmark = pytest.mark.gpu
 
 # Norm of the error over the norm of the gradient. Products and their factors are in this dtype.
-ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 
 
 class Heads:
