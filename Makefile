@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-distributed lint bench clean
+.PHONY: demo test test-all test-distributed lint bench gpu-kit clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,5 +42,8 @@ bench: $(VENV)/bench  ## speed and memory beside other libraries, over an hour a
 	$(BIN)/python benchmarks/head.py --temperature 2
 	$(BIN)/python benchmarks/step.py --dtype float32,bfloat16
 
+gpu-kit: $(VENV)/dev  ## wheels for a GPU machine without a network, see docs/performance.md
+	$(BIN)/python benchmarks/gpu_kit.py
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .gpu-kit

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,17 +36,17 @@ class Problem:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        dtype = getattr(torch, options.dtype)
+        dtype, device = getattr(torch, options.dtype), options.device
         n, ids = options.targets, options.vocab
 
         def make(*shape: int, size: float = 1.0) -> Tensor:
-            return (torch.randn(*shape) * size).to(dtype)
+            return (torch.randn(*shape, device=device) * size).to(dtype)
 
         self.hidden = make(n, options.width).requires_grad_()
         self.weight = make(ids, options.width, size=0.05).requires_grad_()
         self.teacher_hidden = make(n, options.teacher_width)
         self.teacher_weight = make(ids, options.teacher_width, size=0.05)
-        self.labels = torch.randint(0, ids, (n,))
+        self.labels = torch.randint(0, ids, (n,), device=device)
         self.temperature, self.divergence = options.temperature, options.divergence
 
     def work(self, function: Callable[[Problem], Tensor]) -> None:
@@ -63,7 +64,7 @@ def ours(problem: Problem) -> Tensor:
     p = problem
     function = named_divergence(p.divergence)
     weights = Weights(0.5, 0.5, p.temperature, function, len(p.weight))
-    scale = torch.tensor(1 / len(p.labels), dtype=torch.float64)
+    scale = torch.tensor(1 / len(p.labels), dtype=torch.float64, device=p.labels.device)
     teacher = Hidden(p.teacher_hidden, LinearHead(p.teacher_weight))
     loss, _ = fused_loss(p.hidden, LinearHead(p.weight), p.labels, teacher, weights, scale=scale)
     return loss
@@ -77,6 +78,15 @@ def plain(problem: Problem, ce: float = 0.5, divergence: float = 0.5) -> Tensor:
         F.log_softmax(logits / p.temperature, -1), F.log_softmax(theirs / p.temperature, -1)
     ).mean()
     return ce * F.cross_entropy(logits, p.labels) + divergence * p.temperature**2 * value
+
+
+@cache
+def _compiled() -> Callable[[Problem], Tensor]:
+    return torch.compile(plain)
+
+
+def compiled(problem: Problem) -> Tensor:
+    return _compiled()(problem)
 
 
 def liger(problem: Problem) -> Tensor:
@@ -122,14 +132,16 @@ def floor(problem: Problem, slices: int | None = None) -> None:
     d_weight.to(p.weight.dtype)  # in the dtype that the others hand it out in
 
 
+FUNCTIONS = {"ours": ours, "plain": plain, "compiled": compiled, "liger": liger, "trl": trl}
+
+
 def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(options)
     loss = size = None
     if variant in FLOORS:
         found = timed(lambda: floor(problem, FLOORS[variant]), options.repeats)
     else:
-        function = {"ours": ours, "plain": plain, "liger": liger, "trl": trl}[variant]
-        found = timed(lambda: problem.work(function), options.repeats)
+        found = timed(lambda: problem.work(FUNCTIONS[variant]), options.repeats)
         loss, size = problem.loss.item(), norm(problem.slopes)
     if variant == "trl":  # what it leaves out, told by plain PyTorch
         whole = torch.autograd.grad(plain(problem, 0.0, 1.0), (problem.hidden, problem.weight))
@@ -162,6 +174,7 @@ def main() -> None:
     arguments.add_argument("--width", type=int, default=768)
     arguments.add_argument("--teacher-width", type=int, default=1280)
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.set_defaults(device="cpu")  # benchmarks/gpu_head.py makes problems elsewhere
     options = arguments.parse_args()
     if options.worker:
         answer(lambda: worker(options.worker, options))

@@ -33,36 +33,72 @@ from common import (
     parser,
     show,
 )
+from datasets import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen2Config,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill import DistillationArguments, DistillationTrainer, record
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 VARIANTS = ["floor", "floor_sliced", "finetuning", "plain", "gkd", "ours"]
-SHAPES = {
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-    "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
+    "gpt2": (GPT2Config, {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "gpt2-medium": (GPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "tiny": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 2}),
+    "small-vocabulary": (GPT2Config, {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 257}),
+    "qwen2-0.5b": (
+        Qwen2Config,
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2-1.5b": (
+        Qwen2Config,
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
-def model(name: str, seed: int, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+def model(
+    name: str, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
+    """A model with random weights, made on the device where it is used."""
     set_seed(seed)
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**SHAPES[name], **none)).to(dtype)
+    kind, shape = SHAPES[name]
+    config = kind(**shape, **(NO_DROPOUT if kind is GPT2Config else {}))
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, list[int]]]:
     set_seed(0)
-    ids = torch.randint(0, 50257, (options.batch * (options.repeats + 2), options.length))
+    kind, shape = SHAPES[options.student]
+    vocabulary = shape.get("vocab_size", kind().vocab_size)
+    ids = torch.randint(0, vocabulary, (options.batch * (options.repeats + 2), options.length))
     return [{"input_ids": row, "labels": row} for row in ids.tolist()]
 
 
@@ -84,7 +120,8 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def make_trainer(variant: str, options: argparse.Namespace, folder: str) -> Any:
+def make_trainer(variant: str, options: argparse.Namespace, folder: str, **others: Any) -> Any:
+    """A trainer that is ready for `repeats + 2` steps; others: replace its arguments."""
     narrow = options.dtype == "bfloat16"
     common: dict[str, Any] = {
         "max_steps": options.repeats + 2,
@@ -97,15 +134,22 @@ def make_trainer(variant: str, options: argparse.Namespace, folder: str) -> Any:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "sequential",
+        **others,
     }
-    data = {"train_dataset": rows(options), "data_collator": collate}
-    student = model(options.student, 0)
+    data: dict[str, Any] = {"train_dataset": rows(options), "data_collator": collate}
+    device = options.device
+    student = model(options.student, 0, device=device)
     if variant == "finetuning":
         return Trainer(student, TrainingArguments(folder, **common), **data)
-    teacher = model(options.teacher, 1, torch.bfloat16 if narrow else torch.float32)
+    teacher: Any = model(options.teacher, 1, torch.bfloat16 if narrow else torch.float32, device)
     if variant == "gkd":
         return gkd(student, teacher, folder, common, data)
-    args = DistillationArguments(folder, fused_head=variant == "ours", **common)
+    if variant == "recorded":
+        dataset = Dataset.from_list(data["train_dataset"])
+        place = f"{folder}/recording"
+        data["train_dataset"] = record(dataset, teacher, place, data_collator=collate)
+        teacher = None
+    args = DistillationArguments(folder, fused_head=variant != "plain", **common)
     return DistillationTrainer(student, teacher, args, **data)
 
 
@@ -115,7 +159,6 @@ def gkd(student: Any, teacher: Any, folder: str, common: Any, data: Any) -> Any:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
     except ImportError as error:
         raise Missing(str(error)) from error
-    from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -136,21 +179,23 @@ def gkd(student: Any, teacher: Any, folder: str, common: Any, data: Any) -> Any:
     )
 
 
-def floor(options: argparse.Namespace, slices: int | None) -> list[float]:
+def floor(options: argparse.Namespace, slices: int | None, clock: Clock) -> None:
     """The work that no distillation of this pair can do without."""
-    narrow = options.dtype == "bfloat16"
+    narrow, device = options.dtype == "bfloat16", options.device
     dtype = torch.bfloat16 if narrow else torch.float32
-    student, teacher = model(options.student, 0), model(options.teacher, 1, dtype)
+    student = model(options.student, 0, device=device)
+    teacher = model(options.teacher, 1, dtype, device)
     teacher.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)
-    data, seconds = rows(options), []
+    data = rows(options)
     for step in range(options.repeats + 2):
         batch = collate(data[step * options.batch : (step + 1) * options.batch])["input_ids"]
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        batch = batch.to(device)
+        clock.on_step_begin()
+        with torch.autocast(device, torch.bfloat16, enabled=narrow):
             with torch.no_grad():
-                theirs = teacher.transformer(batch, use_cache=False)[0].flatten(0, 1)
-            hidden = student.transformer(batch, use_cache=False)[0]
+                theirs = teacher.base_model(batch, use_cache=False)[0].flatten(0, 1)
+            hidden = student.base_model(batch, use_cache=False)[0]
         slope, of_head = four_products(
             hidden.detach().flatten(0, 1).to(dtype),
             student.lm_head.weight.detach().to(dtype),
@@ -163,29 +208,27 @@ def floor(options: argparse.Namespace, slices: int | None) -> list[float]:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        clock.on_step_end()
 
 
 def worker(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     forget_peak()
     before = memory_mb("VmRSS")
-    loss = norm = None
+    loss, norm, clock = None, None, Clock()
     if variant in FLOORS:
-        seconds = floor(options, FLOORS[variant])
+        floor(options, FLOORS[variant], clock)
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(variant, options, folder)
-            clock = Clock()
             trainer.add_callback(clock)
             trainer.train()
         first = trainer.state.log_history[0]
-        seconds, loss, norm = clock.seconds, first["loss"], first["grad_norm"]
+        loss, norm = first["loss"], first["grad_norm"]
     return {
         "dtype": options.dtype,
         "temperature": 1.0,
-        "seconds": statistics.median(seconds[2:]),
+        "seconds": statistics.median(clock.seconds[2:]),
         "peak_mb": memory_mb("VmHWM"),
         "extra_mb": memory_mb("VmHWM") - before,
         "loss": loss,
@@ -202,6 +245,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=2)
     arguments.add_argument("--length", type=int, default=512)
     arguments.add_argument("--repeats", type=int, default=4)
+    arguments.set_defaults(device="cpu")  # benchmarks/gpu_step.py makes models elsewhere
     options = arguments.parse_args()
     if options.worker:
         answer(lambda: worker(options.worker, options))
