@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hf_distill.evaluation.evaluate import evaluate_student
     from hf_distill.losses.objective import Term
     from hf_distill.models.from_teacher import student_from_teacher
+    from hf_distill.recordings.annotation import annotate
     from hf_distill.recordings.recorder import load_recording, record
     from hf_distill.teachers import AdapterTeacher
     from hf_distill.training.arguments import DistillationArguments
@@ -25,6 +26,7 @@ _PACKAGES = {
     "DistillationTrainer": "training",
     "InputError": "errors",
     "Term": "losses",
+    "annotate": "recordings",
     "evaluate_student": "evaluation",
     "load_recording": "recordings",
     "record": "recordings",
@@ -37,6 +39,7 @@ __all__ = [
     "DistillationTrainer",
     "InputError",
     "Term",
+    "annotate",
     "evaluate_student",
     "load_recording",
     "record",

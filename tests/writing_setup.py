@@ -65,8 +65,11 @@ def tokenizer(*, ends: bool = True, positions: int = 40) -> PreTrainedTokenizerF
     )
 
 
-def writer(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A model with weights large enough that its texts depend on the source."""
+def writer(kind: str, seed: int = 1, **overrides: Any) -> PreTrainedModel:
+    """A model with weights large enough that its texts depend on the source.
+
+    Those with a bias of their logits (BART, Marian) end texts early.
+    """
     torch.manual_seed(seed)
     shape = {"vocab_size": 300} | _SHAPES[kind] | _SPECIAL | overrides
     config = AutoConfig.for_model(kind, **shape)
@@ -76,4 +79,6 @@ def writer(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.5)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias[0, END] = 5.0
     return model

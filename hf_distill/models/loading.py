@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,6 +42,23 @@ def load_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
             "would be random: give a checkpoint of a causal language model"
         )
     return model
+
+
+def load_writing_model(name: str | Path, role: str, **kwargs: Any) -> PreTrainedModel:
+    """A model that writes text, causal or encoder-decoder, from a Hub id or a local folder.
+
+    kwargs, raises: as `load_model`
+    """
+    of_config = {k: v for k, v in kwargs.items() if k in ("revision", "trust_remote_code", "token")}
+    try:
+        config = AutoConfig.from_pretrained(str(name), **of_config)
+        if not getattr(config, "is_encoder_decoder", False):
+            return load_model(name, role, **kwargs)
+        return AutoModelForSeq2SeqLM.from_pretrained(str(name), **kwargs)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(not_found(role, name, error)) from error
 
 
 def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
