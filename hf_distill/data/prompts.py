@@ -107,7 +107,7 @@ def for_languages(
     """The tokenizer of a model with language codes (mBART, M2M100, NLLB) for two languages.
 
     source, target: codes, or their part before "_"
-    returns: a copy that marks the source's language, and the keyword for `generate`
+    returns: a copy that marks the languages of sources and targets, and the keyword for `generate`
     raises: InputError for a tokenizer without language codes, or a language that it lacks
     """
     if source is None and target is None:
@@ -123,7 +123,8 @@ def for_languages(
         marked.src_lang = _language(tokenizer, source)[0]
     if target is None:
         return tokenizer, {}
-    return tokenizer, {"forced_bos_token_id": _language(tokenizer, target)[1]}
+    marked.tgt_lang, token = _language(tokenizer, target)
+    return tokenizer, {"forced_bos_token_id": token}
 
 
 def has_languages(tokenizer: PreTrainedTokenizerBase) -> bool:
