@@ -153,6 +153,14 @@ def test_saving_a_pipeline_writes_no_code(tmp_path: Path) -> None:
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
 
 
+def test_a_folder_of_a_causal_model(tmp_path: Path) -> None:
+    model = writer("gpt2")
+    model.save_pretrained(tmp_path)
+    tokenizer(ends=False).save_pretrained(tmp_path)
+    found = pipeline("summarization", model=str(tmp_path), device="cpu")("dog", max_new_tokens=5)
+    assert found == [{"summary_text": by_hand(model, "dog\n", max_new_tokens=5)}]
+
+
 def test_a_folder_in_a_new_process(tmp_path: Path) -> None:
     """As the issue types it; without the import transformers refuses the task."""
     model = writer("t5")

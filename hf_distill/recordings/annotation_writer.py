@@ -118,9 +118,7 @@ class AnnotationWriter:
         """The ids that the teacher reads, and whether the end of the source was left out."""
         try:
             source = value_at(row, self.columns.source)
-            if self._is_answer and source and source[-1].get("role") == "assistant":
-                source = source[:-1]
-            ids, tokens = self.prompts.encode(source)
+            ids, tokens = self.prompts.encode(_asked(source) if self._is_answer else source)
             if tokens > len(ids) and not self.truncate:
                 raise InputError(
                     f"{self.columns.source!r} has {tokens} tokens, but the teacher reads at most "
@@ -144,18 +142,23 @@ class AnnotationWriter:
         answer = dict.fromkeys(source[0]) | {"role": "assistant", "content": text}
         if not self._is_answer:
             return with_value(row, self.columns.target, [answer])
-        asked = source[:-1] if source[-1].get("role") == "assistant" else source
-        return with_value(row, self.columns.target, [*asked, answer])
+        return with_value(row, self.columns.target, [*_asked(source), answer])
 
     def features(self, given: Features) -> Features:
         """The features of annotated rows."""
         text = {TEXT: Value("string")} if self.keep_targets else {}
-        target = self.columns.target
-        if not self.keep_targets and target.partition(".")[0] not in given:
-            source = given.get(self.columns.source)
-            text = {target: source if source is not None else Value("string")}
+        target, source = self.columns.target, given.get(self.columns.source)
+        if not self.keep_targets and (target in given or "." not in target):
+            # A column of nulls has no text type; conversations keep that of their prompts.
+            text = {target: Value("string") if isinstance(source, Value | None) else source}
         return Features({**given, **text, **SCORES})
 
     def _seeds(self, index: int) -> list[int]:
         keys = (f"{self.seed}/{index}/{number}" for number in range(self.generator.n))
         return [xxhash.xxh3_64_intdigest(key.encode()) >> 1 for key in keys]
+
+
+def _asked(messages: Any) -> Any:
+    """A conversation without its last answer."""
+    ends = is_list(messages) and messages and isinstance(messages[-1], Mapping)
+    return messages[:-1] if ends and messages[-1].get("role") == "assistant" else messages

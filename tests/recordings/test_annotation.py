@@ -181,6 +181,12 @@ def test_the_original_targets_may_stay(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_targets_may_be_missing(tmp_path: Path) -> None:
+    """A column of nulls, as rows without labels have it."""
+    rows = DOCUMENTS.remove_columns("summary").add_column("summary", [None] * 10)
+    assert made("t5", tmp_path / "a", rows)["summary"] == made("t5", tmp_path / "b")["summary"]
+
+
 def test_translations_and_columns_that_are_told(tmp_path: Path) -> None:
     pairs = [{"en": text, "es": "x"} for text in DOCUMENTS["document"]]
     rows = Dataset.from_dict({"translation": pairs})
