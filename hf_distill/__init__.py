@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hf_distill.evaluation.evaluate import evaluate_student
     from hf_distill.losses.objective import Term
     from hf_distill.models.from_teacher import student_from_teacher
+    from hf_distill.recordings.annotation import annotate
     from hf_distill.recordings.recorder import load_recording, record
     from hf_distill.teachers import AdapterTeacher
     from hf_distill.training.arguments import DistillationArguments
@@ -31,6 +32,7 @@ _PACKAGES = {
     "Seq2SeqDistillationArguments": "training",
     "Seq2SeqDistillationTrainer": "training",
     "Term": "losses",
+    "annotate": "recordings",
     "evaluate_student": "evaluation",
     "load_recording": "recordings",
     "record": "recordings",
@@ -45,6 +47,7 @@ __all__ = [
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "Term",
+    "annotate",
     "evaluate_student",
     "load_recording",
     "record",

@@ -12,7 +12,15 @@ tokenize_raw_rows   rows of a known form to token ids and labels, packed; also o
 is_raw              whether rows are of a known form and not tokenized yet
 FORMS, Form, find_form     the known forms, and the form that some columns have
 
-For both:
+For other tasks than causal language modelling:
+read_source_target, read_questions, read_labelled, read_tagged, read_texts
+                    rows under the names of public data sets, checked
+tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
+                    these rows as token ids and labels
+Labels, label_names what labels are, and what a model's config says of them
+masking_collator    masks tokens at random, for masked language modelling
+
+For all:
 collator, Collator  rows to batches of tensors
 require_rows, check_max_length     errors for too few rows and for too long rows
 """
@@ -23,6 +31,23 @@ from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
+from hf_distill.data.task_rows import (
+    Labels,
+    read_labelled,
+    read_questions,
+    read_source_target,
+    read_tagged,
+    read_texts,
+)
+from hf_distill.data.task_tokens import (
+    label_names,
+    masking_collator,
+    tokenize_labelled,
+    tokenize_questions,
+    tokenize_source_target,
+    tokenize_tagged,
+    tokenize_texts,
+)
 from hf_distill.data.tokenize import tokenize_rows
 
 __all__ = [
@@ -31,6 +56,7 @@ __all__ = [
     "Collator",
     "DataConfig",
     "Form",
+    "Labels",
     "PreparationTable",
     "Step",
     "check_max_length",
@@ -38,8 +64,20 @@ __all__ = [
     "collator",
     "find_form",
     "is_raw",
+    "label_names",
+    "masking_collator",
+    "read_labelled",
+    "read_questions",
+    "read_source_target",
+    "read_tagged",
+    "read_texts",
     "require_rows",
     "text_iterator",
+    "tokenize_labelled",
+    "tokenize_questions",
     "tokenize_raw_rows",
     "tokenize_rows",
+    "tokenize_source_target",
+    "tokenize_tagged",
+    "tokenize_texts",
 ]

@@ -83,19 +83,19 @@ def annotate(
         return [completion_of(tokenizer, row) for row in iterate(batch)]
     if name == "chat":
         return [assistant_turns(tokenizer, messages) for messages in batch["messages"]]
-    prefix, end = _prefix(tokenizer), [tokenizer.eos_token_id]
+    prefix, end = prefix_ids(tokenizer), [tokenizer.eos_token_id]
     if name == "text":
-        whole = [prefix + ids + end for ids in _ids(tokenizer, batch["text"])]
+        whole = [prefix + ids + end for ids in token_ids(tokenizer, batch["text"])]
         return [(ids, list(ids)) for ids in whole]
     rows = iterate(batch)
-    prompts = [row["prompt"] + _glue(row["prompt"], row["completion"], separator) for row in rows]
-    joint = _ids(
+    prompts = [row["prompt"] + glue(row["prompt"], row["completion"], separator) for row in rows]
+    joint = token_ids(
         tokenizer, [prompt + row["completion"] for prompt, row in zip(prompts, rows, strict=True)]
     )
     annotated = []
-    for prompt, both, row in zip(_ids(tokenizer, prompts), joint, rows, strict=True):
+    for prompt, both, row in zip(token_ids(tokenizer, prompts), joint, rows, strict=True):
         if both[: len(prompt)] != prompt:  # a token straddles the border
-            both = prompt + _ids(tokenizer, [row["completion"]])[0]
+            both = prompt + token_ids(tokenizer, [row["completion"]])[0]
         start = len(prefix) + len(prompt)
         ids = prefix + both + end
         annotated.append((ids, [IGNORE] * start + ids[start:]))
@@ -213,16 +213,17 @@ def check_tokenizer(
         )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens."""
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )
     return encoded["input_ids"]
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts before every text, such as ``<s>``."""
-    plain = _ids(tokenizer, ["a"])[0]
+    plain = token_ids(tokenizer, ["a"])[0]
     dressed = tokenizer("a")["input_ids"]
     for start in range(len(dressed) - len(plain) + 1):
         if dressed[start : start + len(plain)] == plain:
@@ -230,6 +231,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _glue(prompt: str, completion: str, separator: str) -> str:
+def glue(prompt: str, completion: str, separator: str) -> str:
+    """The separator, or "" where prompt or completion brings its own white space."""
     spaced = not prompt or prompt[-1].isspace() or completion[:1].isspace()
     return "" if spaced else separator

@@ -1,6 +1,7 @@
 """Evaluation: a student beside its teacher, in quality, size, speed and memory."""
 
 from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation.generation_metrics import Bleu, ChrF, Rouge
 from hf_distill.evaluation.metrics import (
     BitsPerByte,
     CalibrationError,
@@ -9,14 +10,29 @@ from hf_distill.evaluation.metrics import (
     TeacherAgreement,
 )
 from hf_distill.evaluation.row_sums import BINS, row_sums, text_bytes
+from hf_distill.evaluation.task_metrics import (
+    Classification,
+    MultiLabelClassification,
+    QuestionAnswering,
+    Regression,
+    TokenClassification,
+)
 
 __all__ = [
     "BINS",
     "BitsPerByte",
+    "Bleu",
     "CalibrationError",
+    "ChrF",
+    "Classification",
+    "MultiLabelClassification",
     "Perplexity",
+    "QuestionAnswering",
+    "Regression",
+    "Rouge",
     "RowMetric",
     "TeacherAgreement",
+    "TokenClassification",
     "continuations",
     "evaluate_student",
     "row_sums",

@@ -72,6 +72,7 @@ def auto_class(config: Any, task: str | None) -> Any:
         return HEADS[task][0]
     saved = (getattr(config, "architectures", None) or [""])[0]
     found = [auto_class for auto_class, names in HEADS.values() if saved in names]
-    if getattr(config, "is_encoder_decoder", False) and AutoModelForSeq2SeqLM in found:
+    writes = not found or AutoModelForSeq2SeqLM in found
+    if getattr(config, "is_encoder_decoder", False) and writes:
         return AutoModelForSeq2SeqLM
     return found[0] if found else AutoModelForCausalLM

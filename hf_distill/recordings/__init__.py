@@ -1,5 +1,6 @@
-"""Recordings: a teacher's outputs over a data set, stored as one more column of it."""
+"""Recordings: a teacher's outputs over a data set, distributions or texts, as columns of it."""
 
+from hf_distill.recordings.annotation import annotate
 from hf_distill.recordings.codec import KINDS, Sampled, TopK
 from hf_distill.recordings.collator import RecordingCollator, header_of
 from hf_distill.recordings.recorder import Estimate, estimate, load_recording, record
@@ -15,6 +16,7 @@ __all__ = [
     "RecordingSettings",
     "Sampled",
     "TopK",
+    "annotate",
     "estimate",
     "header_of",
     "load_recording",

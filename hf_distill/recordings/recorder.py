@@ -7,41 +7,33 @@ ends with the same bytes. Under `accelerate launch` the processes divide the sha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import datasets
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, concatenate_datasets, load_dataset
-from tqdm.auto import tqdm
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
 from hf_distill.models.engines import one_accelerator
 from hf_distill.models.loading import not_found
 from hf_distill.recordings.collator import header_of
+from hf_distill.recordings.filling import Bar, fill, in_cache, on_main_first
 from hf_distill.recordings.row_format import COLUMN
 from hf_distill.recordings.shards import (
     MANIFEST,
     check_same_rows,
     claim,
     finish,
-    full_disk,
-    shard_name,
-    shards_of,
+    load_shards,
     write_shard,
 )
 from hf_distill.recordings.writer import RecordingSettings, RecordingWriter
 from hf_distill.teachers import Teacher
-
-T = TypeVar("T")
 
 __all__ = ["Estimate", "RecordingSettings", "estimate", "load_recording", "record"]
 
@@ -91,12 +83,12 @@ def record(
             teacher_placement,
             teacher_model_kwargs,
         )
-        folder = Path(output_dir) if output_dir else _in_cache(dataset, writer, shard_rows)
+        folder = Path(output_dir) if output_dir else in_cache(dataset, writer.identity, shard_rows)
         identity = writer.identity | {"shard_rows": shard_rows}
-        _on_main_first(accelerator, lambda: claim(folder, identity))
+        on_main_first(accelerator, lambda: claim(folder, identity))
         shards = _fill(folder, writer, dataset, shard_rows, batch_size, accelerator)
         accelerator.wait_for_everyone()
-        _on_main_first(accelerator, lambda: finish(folder, writer, shards))
+        on_main_first(accelerator, lambda: finish(folder, writer, shards))
     return load_recording(folder)
 
 
@@ -108,57 +100,27 @@ def _fill(
     batch_size: int,
     accelerator: Accelerator,
 ) -> int:
-    """Write the missing shards of this process; returns the number of shards in all.
-
-    A teacher whose weights are in shards has to be run by all processes together. They write
-    their shards in rounds; a process without a shard left runs the teacher and keeps nothing.
-    """
-    whole = {path.name for path in folder.glob("shard-*.arrow")}
-    whole = _broadcast(accelerator, whole)
+    """Write the missing shards of this process; returns the number of shards in all."""
     together = getattr(writer.teacher, "together", False)
     batches = math.ceil(shard_rows / batch_size) if together else 0
-    bar = _Bar(len(dataset) if hasattr(dataset, "__len__") else None, accelerator)
-    number = missing = 0
-    mine: tuple[Dataset, int] | None = None
-    any_rows: Dataset | None = None
+    bar = Bar(dataset, accelerator, "record", "targets", "bytes/target")
 
-    def write() -> None:
-        nonlocal mine
-        if mine is not None:
-            rows, index = mine
-            path = folder / shard_name(index)
-            with full_disk(folder):
-                write_shard(writer, rows, path, index, batch_size, bar.report, batches)
-        elif any_rows is not None:
-            writer.values(any_rows.to_list()[:1], batch_size, seed=0, batches=batches)
-        mine = None
+    def write(rows: Dataset, path: Path, index: int) -> None:
+        write_shard(writer, rows, path, index, batch_size, bar.report, batches)
 
-    for number, rows in enumerate(shards_of(dataset, shard_rows), 1):
-        path = folder / shard_name(number - 1)
-        if path.name in whole:
-            check_same_rows(path, rows)
-            bar.skip(len(rows))
-            continue
-        turn, any_rows = missing % accelerator.num_processes, rows
-        missing += 1
-        if turn == accelerator.process_index:
-            mine = rows, number - 1
-        if (turn == accelerator.num_processes - 1) if together else (mine is not None):
-            write()
-    if together and missing % accelerator.num_processes:
-        write()
-    bar.close()
-    if number == 0:
-        raise InputError("there are no rows to record: the data set is empty")
-    return number
+    def idle(rows: Dataset) -> None:
+        writer.values(rows.to_list()[:1], batch_size, seed=0, batches=batches)
 
-
-def _broadcast(accelerator: Accelerator, value: T) -> T:
-    """The value of the main process, on all processes."""
-    shared = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    return shared[0]
+    return fill(
+        folder,
+        dataset,
+        shard_rows,
+        accelerator,
+        bar,
+        write=write,
+        check=check_same_rows,
+        idle=idle if together else None,
+    )
 
 
 def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
@@ -176,18 +138,7 @@ def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) 
         if COLUMN not in dataset.column_names:
             raise InputError(f"{str(id_or_path)!r} has no column {COLUMN!r}: it is no recording")
         return dataset
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"{str(folder)!r} holds no complete recording, since it has no readable {MANIFEST}: "
-            "run `record` again, which goes on where it was interrupted"
-        ) from None
-    paths = [folder / shard_name(index) for index in range(manifest["shards"])]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise InputError(f"{str(folder)!r} lacks {missing[0]}: record again, which fills it in")
-    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    return load_shards(folder, MANIFEST, "recording", "record")
 
 
 @dataclass(frozen=True)
@@ -249,55 +200,3 @@ def estimate(
             bytes_per_target=size / max(targets, 1),
             targets_per_second=targets * accelerator.num_processes / seconds,
         )
-
-
-def _in_cache(dataset: Any, writer: RecordingWriter, shard_rows: int) -> Path:
-    """A folder of the datasets cache, named after all that decides the recording."""
-    decided = [writer.identity, shard_rows, getattr(dataset, "_fingerprint", None)]
-    if decided[-1] is None:
-        raise InputError("a stream has no fingerprint: give an output_dir for its recording")
-    name = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "hf_distill" / name
-
-
-def _on_main_first(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Run an action on the main process while the others wait; its error ends all of them."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except InputError as error:
-            outcome = [str(error)]
-    message = _broadcast(accelerator, outcome[0])
-    if message is not None:
-        raise InputError(message)
-
-
-class _Bar:
-    """A progress bar with targets a second and bytes a target."""
-
-    def __init__(self, rows: int | None, accelerator: Accelerator) -> None:
-        self.processes = accelerator.num_processes
-        self.bar = tqdm(
-            total=rows, desc="recording", unit="row", disable=not accelerator.is_main_process
-        )
-        self.start = time.perf_counter()
-        self.targets = self.size = 0
-
-    def skip(self, rows: int) -> None:
-        if not self.bar.disable:
-            self.bar.initial += rows  # not counted in the speed
-            self.bar.update(rows)
-
-    def report(self, rows: int, targets: int, size: int) -> None:
-        self.targets += targets
-        self.size += size
-        speed = self.targets * self.processes / (time.perf_counter() - self.start)
-        shown = f"{speed:,.0f} targets/s, {self.size / max(self.targets, 1):.0f} bytes/target"
-        self.bar.set_postfix_str(shown, refresh=False)
-        # The other processes are about as far.
-        left = (self.bar.total or 2**62) - self.bar.n
-        self.bar.update(min(rows * self.processes, left))
-
-    def close(self) -> None:
-        self.bar.close()

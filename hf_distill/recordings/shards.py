@@ -1,4 +1,4 @@
-"""The files of a recording: Arrow shards, each complete when it appears, and the manifest."""
+"""The files of `record` and `annotate`: shards, complete when they appear, and a manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from jinja2 import StrictUndefined, Template
 
@@ -45,7 +45,8 @@ def shards_of(dataset: Any, size: int) -> Iterator[Dataset]:
         yield Dataset.from_list(part, features=getattr(dataset, "features", None))
 
 
-def _table(rows: Dataset) -> Any:
+def arrow_table(rows: Dataset) -> Any:
+    """The rows as a `pyarrow.Table`."""
     return rows.with_format("arrow")[:]
 
 
@@ -58,7 +59,7 @@ def write_shard(
     report: Callable[[int, int, int], None],
     batches: int = 0,
 ) -> None:
-    """Write one shard; it gets its name when it is complete, after the file with its counts.
+    """Record the rows of one shard and write it.
 
     report, batches: see `RecordingWriter.values`
     """
@@ -66,22 +67,28 @@ def write_shard(
     seed = recorder.settings.seed * 1_000_003 + index
     values = recorder.values(plain, batch_size, seed=seed, report=report, batches=batches)
     features = Features({**rows.features, COLUMN: Value("large_binary")})
-    table = _table(rows).append_column(COLUMN, pa.array(values, pa.large_binary()))
+    table = arrow_table(rows).append_column(COLUMN, pa.array(values, pa.large_binary()))
+    targets = sum(header_of(value, "a row").targets for value in values)
+    counts = {"rows": len(values), "targets": targets, "bytes": sum(map(len, values))}
+    write_table(path, table, features, counts | {"rounding": recorder.rounding})
+
+
+def write_table(path: Path, table: Any, features: Features, counts: dict[str, Any]) -> None:
+    """Write a shard and its counts; it gets its name when both are complete."""
     partial = path.with_name(path.name + ".partial")
     with ArrowWriter(path=str(partial), features=features) as writer:
         writer.write_table(table)
         writer.finalize()
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
-    targets = sum(header_of(value, "a row").targets for value in values)
-    counts = {"rows": len(values), "targets": targets, "bytes": sum(map(len, values))}
-    _write_whole(path.with_suffix(".json"), json.dumps(counts | {"rounding": recorder.rounding}))
+    write_whole(path.with_suffix(".json"), json.dumps(counts))
     partial.replace(path)
 
 
 def check_same_rows(path: Path, rows: Dataset) -> None:
     """InputError if a finished shard holds other rows than the data set has now."""
-    there, here = _table(Dataset.from_file(str(path)).remove_columns(COLUMN)), _table(rows)
+    there = arrow_table(Dataset.from_file(str(path)).remove_columns(COLUMN))
+    here = arrow_table(rows)
     if not there.equals(
         here.cast(there.schema) if here.schema.names == there.schema.names else here
     ):
@@ -91,15 +98,15 @@ def check_same_rows(path: Path, rows: Dataset) -> None:
         )
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Take a folder for a recording; InputError if it holds another one or other files."""
+def claim(folder: Path, identity: dict[str, Any], what: str = "a recording") -> None:
+    """Take a folder for some shards; InputError if it holds other ones or other files."""
     path = folder / SETTINGS
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in identity if identity[key] != earlier.get(key)]
         if changed:
             raise InputError(
-                f"{str(folder)!r} holds a recording with {changed[0]} {earlier.get(changed[0])!r}, "
+                f"{str(folder)!r} holds {what} with {changed[0]} {earlier.get(changed[0])!r}, "
                 f"not {identity[changed[0]]!r}: give another output_dir, or remove that folder"
             )
     elif folder.exists() and any(folder.iterdir()):
@@ -107,15 +114,39 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
-    _write_whole(path, json.dumps(identity, indent=2))
+    write_whole(path, json.dumps(identity, indent=2))
+
+
+def load_shards(folder: Path, manifest: str, what: str, function: str) -> Dataset:
+    """The rows of a finished folder, memory-mapped.
+
+    manifest: the file that marks it as finished; what, function: what the folder holds, and what
+        makes it, for the error
+    raises: InputError for a folder that is not complete
+    """
+    try:
+        shards = json.loads((folder / manifest).read_text(encoding="utf-8"))["shards"]
+    except (OSError, ValueError):
+        raise InputError(
+            f"{str(folder)!r} holds no complete {what}, since it has no readable {manifest}: "
+            f"run `{function}` again, which goes on where it was interrupted"
+        ) from None
+    paths = [folder / shard_name(index) for index in range(shards)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise InputError(f"{str(folder)!r} lacks {missing[0]}: {function} again, which fills it in")
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+def shard_counts(folder: Path, shards: int) -> list[dict[str, Any]]:
+    """The counts that were written with each shard."""
+    paths = [(folder / shard_name(index)).with_suffix(".json") for index in range(shards)]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def finish(folder: Path, recorder: RecordingWriter, shards: int) -> None:
     """Write the manifest and the card, which mark the recording as complete."""
-    parts = []
-    for index in range(shards):
-        path = (folder / shard_name(index)).with_suffix(".json")
-        parts.append(json.loads(path.read_text(encoding="utf-8")))
+    parts = shard_counts(folder, shards)
     counts = {name: sum(part[name] for part in parts) for name in ("rows", "targets", "bytes")}
     roundings = [part["rounding"] for part in parts if part["rounding"] is not None]
     manifest = {
@@ -127,17 +158,18 @@ def finish(folder: Path, recorder: RecordingWriter, shards: int) -> None:
         "versions": {name: version(name) for name in ("hf-distill", "torch", "transformers")},
     }
     write_card(folder, manifest)
-    _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 
 def write_card(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `README.md`, the recording's card on the Hub."""
     template = (files("hf_distill.recordings") / "card.md.jinja").read_text("utf-8")
     text = Template(template, undefined=StrictUndefined, keep_trailing_newline=True)
-    _write_whole(folder / "README.md", text.render(**manifest))
+    write_whole(folder / "README.md", text.render(**manifest))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is complete as soon as it is there."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

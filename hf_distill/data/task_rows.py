@@ -1,0 +1,344 @@
+"""Read rows of other tasks under the names that public data sets use, and check them.
+
+    read_source_target   documents and summaries, translations -> source, target
+    read_questions       SQuAD's forms -> id, question, context, answers
+    read_labelled        texts or pairs with classes or numbers -> text, (pair), label
+    read_tagged          words with tags -> tokens, tags
+    read_texts           plain text, for masked language modelling -> text
+
+Each takes a `datasets.Dataset`, and `columns` where its names are not the known ones:
+`columns={"text": "body", "label": "topic"}`. A row that cannot be used ends in an `InputError` of
+one line with the number of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import ClassLabel, Dataset, Features, List, Value
+
+from hf_distill.data.forms import is_list
+from hf_distill.data.source_target import find_source_target, text_at, value_at
+from hf_distill.errors import InputError
+
+VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
+
+# The known names of each column that is read, the most usual one first.
+QUESTION = {
+    "question": ("question", "query"),
+    "context": ("context", "passage", "paragraph"),
+    "answers": ("answers", "answer", "answer_text"),
+    "start": ("answer_start", "start"),
+    "impossible": ("is_impossible",),
+    "id": ("id", "qid"),
+}
+LABELLED = {
+    "text": ("text", "sentence", "content"),
+    "pair": (),
+    "label": ("label", "labels", "score", "intent"),
+}
+TEXT_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+)
+TAGGED = {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")}
+TEXT = {"text": ("text", "content", "document", "sentence")}
+
+Kind = Literal["single", "several", "regression"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What labels are.
+
+    kind: "single", one class a row (or word); "several", any number of classes; "regression", a
+        number. names: of the classes, in the order of their indices; () for numbers
+    """
+
+    kind: Kind
+    names: tuple[str, ...] = ()
+
+    def index(self, label: Any) -> int:
+        """The index of a class given by name or index; InputError if it is no class."""
+        if isinstance(label, str) and label in self.names:
+            return self.names.index(label)
+        if isinstance(label, int) and 0 <= label < len(self.names):
+            return int(label)
+        shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
+        raise InputError(f"the label {label!r} is none of the {len(self.names)} classes ({shown})")
+
+
+def read_source_target(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `source` and `target`, both text; see `source_target.PAIRS` for the known names."""
+    found = find_source_target(dataset.column_names, columns)
+    features = {"source": Value("string"), "target": Value("string")}
+    return _read(
+        dataset,
+        lambda row: {"source": text_at(row, found.source), "target": text_at(row, found.target)},
+        features,
+    )
+
+
+def read_texts(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `text`."""
+    name = _columns(dataset, TEXT, columns, needed=("text",))["text"]
+    return _read(dataset, lambda row: {"text": text_at(row, name)}, {"text": Value("string")})
+
+
+# ---- Questions ----
+
+
+def read_questions(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `id`, `question`, `context` and `answers`.
+
+    The answers come as SQuAD's {"text": [...], "answer_start": [...]}, as a list of {"text",
+    "answer_start"}, or in columns of their own, one answer or a list. No answer, or
+    `is_impossible`, is an unanswerable question. An answer without a start, or with one at which it
+    does not stand, is searched in the context; of several places the nearest to the start counts.
+
+    returns: `answers` is {"text": [...], "answer_start": [...]}, starts in characters
+    raises: InputError for an answer that the context does not contain
+    """
+    names = _columns(dataset, QUESTION, columns, needed=("question", "context", "answers"))
+
+    def read(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        context = text_at(row, names["context"])
+        pairs = _answers(row, names)
+        texts = [text for text, _ in pairs]
+        starts = [_place(context, text, start) for text, start in pairs]
+        return {
+            "id": str(row[names["id"]]) if "id" in names else str(index),
+            "question": text_at(row, names["question"]),
+            "context": context,
+            "answers": {"text": texts, "answer_start": starts},
+        }
+
+    text, number = Value("string"), Value("int64")
+    answers = {"text": List(text), "answer_start": List(number)}
+    features = {"id": text, "question": text, "context": text, "answers": answers}
+    return _read(dataset, read, features, indexed=True)
+
+
+def _answers(row: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, int | None]]:
+    """The answers of a row, each with its start if that is known."""
+    if "impossible" in names and row[names["impossible"]]:
+        return []
+    cell: Any = value_at(row, names["answers"])
+    starts: Any = row[names["start"]] if "start" in names else None
+    if isinstance(cell, Mapping):
+        cell, starts = cell.get("text"), cell.get("answer_start")
+    elif cell and is_list(cell) and isinstance(cell[0], Mapping):
+        starts = [one.get("answer_start") for one in cell]
+        cell = [one.get("text") for one in cell]
+    if cell is None or cell == "":
+        return []
+    texts = [cell] if isinstance(cell, str) else list(cell)
+    places = [starts] * len(texts) if starts is None or isinstance(starts, int) else list(starts)
+    if len(places) != len(texts):
+        raise InputError(f"there are {len(texts)} answers and {len(places)} starts")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"an answer is {text!r}, but must be text: leave out empty answers")
+    return list(zip(texts, places, strict=True))
+
+
+def _place(context: str, text: str, start: int | None) -> int:
+    """Where an answer begins, in characters of the context."""
+    if start is not None and context[start : start + len(text)] == text and start >= 0:
+        return start
+    places = []
+    at = context.find(text)
+    while at >= 0:
+        places.append(at)
+        at = context.find(text, at + 1)
+    if not places:
+        raise InputError(
+            f"the context does not contain the answer {text!r}: an extractive model can only "
+            "point at a place in it"
+        )
+    return min(places, key=lambda place: abs(place - (start or 0)))
+
+
+# ---- Labels ----
+
+
+def read_labelled(
+    dataset: Dataset,
+    columns: Mapping[str, str] | None = None,
+    labels: Labels | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Dataset, Labels]:
+    """Rows of `text`, perhaps `pair`, and `label`, and what the labels are.
+
+    Pairs are premise and hypothesis, sentence1 and sentence2, question1 and question2, question and
+    sentence. Labels are names or indices of classes, lists of these (several labels), or floating
+    numbers (regression).
+
+    labels: those of the training rows, for evaluation rows
+    names: of the classes, in the order of their indices; by default those of the `ClassLabel`, else
+        the names that occur, sorted, or "0", "1", ... up to the largest index
+    returns: `label` is an index, for several labels a list of 0.0 or 1.0 for each class, for
+        regression a float
+    raises: InputError for a label that is no class
+    """
+    told = dict(columns or {})
+    pairs = (pair for pair in TEXT_PAIRS if set(pair) <= set(dataset.column_names))
+    if "text" not in told and (pair := next(pairs, None)) is not None:
+        told = dict(zip(("text", "pair"), pair, strict=True)) | told
+    found = _columns(dataset, LABELLED, told, needed=("text", "label"))
+    if labels is None:
+        labels = _labels(dataset, found["label"], names)
+
+    def read(row: Mapping[str, Any]) -> dict[str, Any]:
+        parts = [name for name in ("text", "pair") if name in found]
+        label = _label(value_at(row, found["label"]), labels)
+        return {name: text_at(row, found[name]) for name in parts} | {"label": label}
+
+    number = {"single": Value("int64"), "several": List(Value("float32"))}
+    features: dict[str, Any] = {"text": Value("string")}
+    features |= {"pair": Value("string")} if "pair" in found else {}
+    features["label"] = number.get(labels.kind, Value("float32"))
+    if labels.kind == "single":
+        features["label"] = ClassLabel(names=list(labels.names))
+    return _read(dataset, read, features), labels
+
+
+def read_tagged(
+    dataset: Dataset,
+    columns: Mapping[str, str] | None = None,
+    labels: Labels | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Dataset, Labels]:
+    """Rows of `tokens` and `tags`, an index for each token, and the classes of the tags.
+
+    labels, names: see `read_labelled`
+    raises: InputError for rows without tokens, or with another number of tags
+    """
+    found = _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))
+    if labels is None:
+        kind: Any = _labels(dataset, found["tags"], names)
+        labels = Labels("single", kind.names)
+
+    def read(row: Mapping[str, Any]) -> dict[str, Any]:
+        words, tags = value_at(row, found["tokens"]), value_at(row, found["tags"])
+        if not words:
+            raise InputError(f"{found['tokens']!r} is empty: leave out such rows")
+        if len(words) != len(tags or ()):
+            raise InputError(
+                f"there are {len(words)} tokens and {len(tags or ())} tags: give one for each token"
+            )
+        return {"tokens": list(words), "tags": [labels.index(tag) for tag in tags]}
+
+    tags = List(ClassLabel(names=list(labels.names)))
+    return _read(dataset, read, {"tokens": List(Value("string")), "tags": tags}), labels
+
+
+def _label(value: Any, labels: Labels) -> Any:
+    if labels.kind == "several":
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(
+                f"the label is {value!r}, but other rows have lists of labels: give lists only"
+            )
+        given = {labels.index(one) for one in value}
+        return [float(index in given) for index in range(len(labels.names))]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        raise InputError(
+            f"the label is {value!r}, but other rows have one label: a row with several labels "
+            "needs lists everywhere"
+        )
+    if labels.kind == "single":
+        return labels.index(value)
+    if value is None or value != value or abs(value) == float("inf"):
+        raise InputError(f"the label is {value!r}, but must be a finite number")
+    return float(value)
+
+
+def _labels(dataset: Dataset, column: str, names: Sequence[str] | None) -> Labels:
+    """What the labels of a column are, from its type, or from all of its values."""
+    feature = dataset.features.get(column)
+    inner = getattr(feature, "feature", None)
+    several = inner is not None
+    feature = inner if several else feature
+    kind: Kind = "several" if several else "single"
+    if names is not None:
+        return Labels(kind, tuple(names))
+    if isinstance(feature, ClassLabel):
+        return Labels(kind, tuple(feature.names))
+    if str(getattr(feature, "dtype", "")).startswith("float") and not several:
+        return Labels("regression")
+    cells = dataset.with_format(None)[column]
+    values = {one for cell in cells for one in (cell or ())} if several else set(cells)
+    values.discard(None)
+    if not values:
+        raise InputError(f"the column {column!r} holds no label at all")
+    if all(isinstance(value, str) for value in values):
+        return Labels(kind, tuple(sorted(values)))
+    if all(isinstance(value, int) for value in values) and min(values) >= 0:
+        return Labels(kind, tuple(str(index) for index in range(max(values) + 1)))
+    strange = min((v for v in values if not isinstance(v, str)), key=lambda v: (v >= 0, v))
+    raise InputError(
+        f"the column {column!r} holds the label {strange!r}, but classes are names or indices "
+        "from 0: convert it, or leave out rows without a label"
+    )
+
+
+# ---- Common ----
+
+
+def _columns(
+    dataset: Dataset,
+    known: Mapping[str, Sequence[str]],
+    told: Mapping[str, str] | None,
+    needed: Sequence[str],
+) -> dict[str, str]:
+    """The data set's name of each column that is read; those not needed may be absent."""
+    told, there = told or {}, dataset.column_names
+    for name, column in told.items():
+        if name not in known:
+            raise InputError(f"columns has {name!r}, but must be of {', '.join(known)}")
+        if column.partition(".")[0] not in there and column not in there:
+            raise InputError(f"columns names {column!r}, but there is only {', '.join(there)}")
+    found = dict(told)
+    for name, candidates in known.items():
+        free = [c for c in candidates if c in there and c not in found.values()]
+        if name not in found and free:
+            found[name] = free[0]
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise InputError(
+            f"the columns {', '.join(there)} hold no {missing[0]}: name it by "
+            f"columns={{{missing[0]!r}: ...}}"
+        )
+    return found
+
+
+def _read(
+    dataset: Dataset,
+    read: Callable[..., dict[str, Any]],
+    features: dict[str, Any],
+    *,
+    indexed: bool = False,
+) -> Dataset:
+    """Apply a reader to each row, and name the row in its error."""
+    if not len(dataset):
+        raise InputError("the data set has no rows")
+
+    def numbered(row: Mapping[str, Any], index: int, version: int) -> dict[str, Any]:
+        try:
+            return read(row, index) if indexed else read(row)
+        except InputError as error:
+            raise InputError(f"row {index}: {error}") from error
+
+    return dataset.with_format(None).map(
+        numbered,
+        with_indices=True,
+        fn_kwargs={"version": VERSION},
+        remove_columns=dataset.column_names,
+        features=Features(features),
+        desc="read",
+    )

@@ -1,0 +1,245 @@
+"""The pipelines "summarization" and "translation", which transformers 5 has removed.
+
+After `import hf_distill.pipelines` they work again, for encoder-decoder and causal models:
+
+    from transformers import pipeline
+
+    summarize = pipeline("summarization", model="runs/summarization/student")
+    summarize("A long document ...")  # [{"summary_text": "..."}]
+    translate = pipeline("translation_en_to_es", model="Helsinki-NLP/opus-mt-en-es")
+    translate(["One.", "Two."], batch_size=2)  # [{"translation_text": "Uno."}, ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, ClassVar
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    Pipeline,
+)
+from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
+
+from hf_distill.data.prompts import Prompts, for_languages, has_languages, source_limit
+from hf_distill.errors import InputError
+from hf_distill.models.from_scratch import max_positions
+
+__all__ = ["SummarizationPipeline", "TranslationPipeline"]
+
+_PARAMETRIZED = re.compile(r"translation_(\w+)_to_(\w+)")
+_OF_PROMPTS = ("prefix", "separator", "src_lang", "tgt_lang")
+
+
+class WritingPipeline(Pipeline):
+    """Writes a text for each source: what summaries and translations share.
+
+    A call takes a text, a list of texts, a generator or a data set, and
+
+    prefix: put before each source; by default that of `config.task_specific_params`
+    separator: put after each source of a causal model, "\\n" by default, as in recipes
+    src_lang, tgt_lang: codes, for models with language codes (mBART, M2M100, NLLB)
+    truncation: False refuses a source that is too long, instead of leaving out its end
+    batch_size, num_workers, and all keywords of `generate`
+
+    Unless the call, `config.task_specific_params` or the model's generation config set a length, at
+    most 256 tokens are written.
+    returns: a list of dictionaries, one for each text written
+    raises: InputError for an empty source, a source that leaves no room for new tokens, or an
+        unknown language
+    """
+
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = True
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+    result: ClassVar[str]
+    tokenizer: Any
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.model.can_generate() or self.tokenizer is None:
+            raise InputError(
+                f"{type(self.model).__name__} cannot write text for {self.task!r}: give an "
+                "encoder-decoder or a causal language model, with its tokenizer"
+            )
+        config = self.model.config
+        self._encoder_decoder = bool(config.is_encoder_decoder)
+        if not self._encoder_decoder:
+            self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        settings = getattr(config, "task_specific_params", None) or {}
+        known = vars(GenerationConfig())
+        settings = settings.get(self.task) or {}
+        self._prefix = settings.get("prefix") or ""
+        self._task_settings = {k: v for k, v in settings.items() if k in known}
+        self._prompts: dict[Any, tuple[Prompts, dict[str, int]]] = {}
+
+    def _sanitize_parameters(
+        self, truncation: bool = True, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        read = {name: kwargs.pop(name) for name in _OF_PROMPTS if name in kwargs}
+        languages = {k: v for k, v in read.items() if k.endswith("_lang")}
+        reads: dict[str, Any] = {**read, **kwargs}
+        if not truncation:
+            reads["truncation"] = False
+        return reads, {**languages, **kwargs}, {}
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write a text for each source; see the class."""
+        found = super().__call__(inputs, *args, **kwargs)
+        if isinstance(inputs, list) and all(len(texts) == 1 for texts in found):
+            return [texts[0] for texts in found]
+        return found
+
+    def preprocess(  # type: ignore[override]
+        self,
+        source: Any,
+        prefix: str | None = None,
+        separator: str = "\n",
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        truncation: bool = True,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Encode one source, and warn if it is too long."""
+        new_tokens = 0 if self._encoder_decoder else self._new_tokens(generate_kwargs)
+        prefix = self._prefix if prefix is None else prefix
+        key = (prefix, separator, src_lang, tgt_lang, new_tokens)
+        prompts, _ = self._prompts.get(key) or self._prompts.setdefault(key, self._made(*key))
+        ids, tokens = prompts.encode(getattr(source, "messages", source))
+        if tokens > len(ids):
+            if not truncation:
+                raise InputError(
+                    f"the source has {tokens} tokens, but the model can read {len(ids)}: shorten "
+                    "it, or leave truncation at True"
+                )
+            logging.getLogger("hf_distill").warning(
+                "The source has %d tokens, but the model can read %d: the end of it is left out.",
+                tokens,
+                len(ids),
+            )
+        return self.tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
+
+    def _forward(  # type: ignore[override]
+        self,
+        model_inputs: Any,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        ids, mask = model_inputs["input_ids"], model_inputs["attention_mask"]
+        _, forced = self._languages(src_lang, tgt_lang)
+        options = self._prepare_generate_kwargs({**generate_kwargs, **forced})
+        found = self.model.generate(input_ids=ids, attention_mask=mask, **options)
+        written = found if not hasattr(found, "sequences") else found.sequences
+        if not self._encoder_decoder:
+            written = written[:, ids.shape[1] :]
+        return {"written": written.reshape(len(ids), -1, written.shape[1])}
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, str]]:
+        """The texts that were written for one source."""
+        return [
+            {self.result: self.tokenizer.decode(ids, skip_special_tokens=True)}
+            for ids in model_outputs["written"][0]
+        ]
+
+    def _prepare_generate_kwargs(
+        self, generate_kwargs: dict[str, Any], **overrides: Any
+    ) -> dict[str, Any]:
+        """As the base class, with the task's settings below those of the user."""
+        if "generation_config" in generate_kwargs:
+            return super()._prepare_generate_kwargs(generate_kwargs, **overrides)
+        given = {**self._generate_kwargs, **generate_kwargs}
+        settings = dict(self._task_settings)
+        if "max_new_tokens" in given:  # the lengths of the task are for each other
+            settings.pop("max_length", None)
+            settings.pop("min_length", None)
+        return super()._prepare_generate_kwargs({**settings, **given}, **overrides)
+
+    def _new_tokens(self, generate_kwargs: dict[str, Any]) -> int:
+        """Positions of a causal model that its source must leave free."""
+        params = self._get_set_generation_params(self._prepare_generate_kwargs(generate_kwargs))
+        new_tokens = params.get("max_new_tokens")
+        positions = source_limit(self.tokenizer, max_positions(self.model.config))
+        if new_tokens is None:
+            # `max_length` is for source and new tokens together.
+            longest = params["max_length"]
+            return max(1, 1 + (positions or longest) - longest)
+        asked = {**self._generate_kwargs, **generate_kwargs}
+        if positions is not None and not {"max_new_tokens", "generation_config"} & set(asked):
+            return min(new_tokens, positions // 2)
+        return new_tokens
+
+    def _languages(self, source: str | None, target: str | None) -> tuple[Any, dict[str, int]]:
+        return for_languages(self.tokenizer, source, target)
+
+    def _made(
+        self,
+        prefix: str,
+        separator: str,
+        src_lang: str | None,
+        tgt_lang: str | None,
+        new_tokens: int,
+    ) -> tuple[Prompts, dict[str, int]]:
+        tokenizer, forced = self._languages(src_lang, tgt_lang)
+        limit = source_limit(tokenizer, max_positions(self.model.config), new_tokens)
+        return Prompts(tokenizer, self._encoder_decoder, limit, prefix, separator), forced
+
+
+class SummarizationPipeline(WritingPipeline):
+    """Writes summaries: `[{"summary_text": ...}]`. See `WritingPipeline`."""
+
+    result = "summary_text"
+
+
+class TranslationPipeline(WritingPipeline):
+    """Writes translations: `[{"translation_text": ...}]`. See `WritingPipeline`.
+
+    A task such as "translation_en_to_es" names the languages of models with language codes, and
+    the entry of `config.task_specific_params`.
+    """
+
+    result = "translation_text"
+
+    def _languages(self, source: str | None, target: str | None) -> tuple[Any, dict[str, int]]:
+        named = _PARAMETRIZED.fullmatch(self.task or "")
+        if named and has_languages(self.tokenizer):
+            source, target = source or named[1], target or named[2]
+        return super()._languages(source, target)
+
+
+def _register() -> None:
+    """Register both tasks, and "translation_xx_to_yy" as names of the second."""
+    models: Any = (AutoModelForSeq2SeqLM, AutoModelForCausalLM)
+    pipelines: dict[str, Any] = {
+        "summarization": SummarizationPipeline,
+        "translation": TranslationPipeline,
+    }
+    for task, pipeline in pipelines.items():
+        # `pipeline()` refuses these before it looks into the registry.
+        REMOVED_TASKS.pop(task, None)
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline, pt_model=models)
+        # With it, `save_pretrained` would copy this file beside the model as remote code.
+        del pipeline._registered_impl
+    check_task = PIPELINE_REGISTRY.check_task
+
+    def check(task: str) -> tuple[str, dict[str, Any], Any]:
+        named = _PARAMETRIZED.fullmatch(task)
+        if named is None:
+            return check_task(task)
+        return task, PIPELINE_REGISTRY.supported_tasks["translation"], named.groups()
+
+    registry: Any = PIPELINE_REGISTRY
+    registry.check_task = check
+
+
+_register()
