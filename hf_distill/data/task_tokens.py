@@ -170,7 +170,7 @@ def tokenize_questions(
     returns: one row a window with
         `start_positions`, `end_positions`: the first and last token of the first answer; where it
             is not wholly in the window, or there is none, those of the CLS token (0 without one)
-        `allowed`: 1 for each token that may be an answer's, the context's and CLS; 0 for others
+        `answer_mask`: 1 for each token that may be an answer's, the context's and CLS; 0 for others
         `offsets`: first and last + 1 character of each of the context's tokens, [-1, -1] for others
         `row`: the index of the row that the window is of
     raises: InputError for a question that leaves no place for the context
@@ -181,7 +181,7 @@ def tokenize_questions(
         raise InputError(f"stride is {stride}, but must be 0 to {max_length - 1}, below max_length")
     number = Value("int32")
     features = {"input_ids": _IDS, "start_positions": number, "end_positions": number}
-    features |= {"allowed": List(Value("int8")), "offsets": List(List(number)), "row": number}
+    features |= {"answer_mask": List(Value("int8")), "offsets": List(List(number)), "row": number}
     features |= _segments(tokenizer)
     settings = {"tokenizer": tokenizer, "max_length": max_length, "stride": stride}
     numbered = rows.add_column("_row", np.arange(len(rows)))
@@ -210,7 +210,7 @@ def _questions(
     )
     names = ("input_ids", *_segments(tokenizer))
     found: Columns = {name: list(encoded[name]) for name in names}
-    columns = ("start_positions", "end_positions", "allowed", "offsets", "row")
+    columns = ("start_positions", "end_positions", "answer_mask", "offsets", "row")
     found |= {name: [] for name in columns}
     for window, sample in enumerate(encoded["overflow_to_sample_mapping"]):
         ids = encoded["input_ids"][window]

@@ -167,7 +167,7 @@ class Generator:
     ) -> list[tuple[float, int]]:
         """Sum of log-probabilities and number of scored tokens of each text."""
         longest = max(len(p) + len(t) for p, t in zip(prompts, texts, strict=True))
-        size = 4 * self._runner.head_rows
+        size = 4 * self._runner.outcomes
         rows = max(1, CHUNK_BYTES // (size * longest)) if self.encoder_decoder else len(texts)
         found = []
         for at in range(0, len(texts), rows):
@@ -198,7 +198,7 @@ class Generator:
             batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder}
         targets = targets_of(labels, {})
         signal = self._runner.signal(batch, targets)
-        chunk = max(1, CHUNK_BYTES // (4 * self._runner.head_rows))
+        chunk = max(1, CHUNK_BYTES // (4 * self._runner.outcomes))
         parts = []
         for at in range(0, len(targets), chunk):
             part = slice(at, at + chunk)

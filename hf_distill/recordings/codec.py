@@ -148,8 +148,7 @@ def encode_sampled(content: Sampled) -> bytes:
 def decode_sampled(data: bytes, n: int, vocabulary: int) -> Sampled:
     """The n targets that `encode_sampled` wrote. raises: Damaged"""
     stream = _Stream(data)
-    if n == 0:  # nothing was written
-        stream.end()
+    if n == 0 and not data:  # a row without a target
         return Sampled(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64), np.zeros(0, "<f4"))
     lengths = stream.take("<u2", n).astype(np.int64)
     entropy = stream.take("<f4", n)

@@ -152,7 +152,7 @@ def test_windows_hold_the_answer_or_point_at_cls(stride: int) -> None:
         covered |= set(range(begin, end))
         # CLS, the question's three tokens and the first SEP, then the context, then SEP.
         assert window["input_ids"][:5] == [CLS, *ids("who", "sat", "?"), SEP]
-        assert window["allowed"] == [1, 0, 0, 0, 0, *[1] * len(spans), 0]
+        assert window["answer_mask"] == [1, 0, 0, 0, 0, *[1] * len(spans), 0]
         assert window["offsets"].count([-1, -1]) == 6
     assert covered >= {at for at, mark in enumerate(CONTEXT) if mark != " "}
     assert Counter(found["row"])[0] == Counter(found["row"])[1] > 1
@@ -176,7 +176,7 @@ def test_byte_level_tokens_and_no_cls() -> None:
     found, _ = tokenize_questions(given, made, max_length=90, stride=10)
     assert answer_of(found[0]).strip() == "mat"
     assert found[1]["start_positions"] == found[1]["end_positions"] == 0
-    assert found[1]["allowed"][0] == 1
+    assert found[1]["answer_mask"][0] == 1
 
 
 # ---- Masked language modelling ----
