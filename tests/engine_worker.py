@@ -171,6 +171,7 @@ def run(folder: Path, engine: str, case: str) -> None:
         wrapped: Any = trainer.model_wrapped
         if engine.startswith("zero"):
             check_partition(wrapped, int(engine[-1]), whole)
+            assert wrapped.is_compiled is case.endswith("compiled")
         else:
             assert isinstance(wrapped, OptimizedModule) is case.endswith("compiled")
             wrapped = getattr(wrapped, "_orig_mod", wrapped)

@@ -42,7 +42,7 @@ GRID = {
     "ddp": [*ALL, "gpt2-full-stream", *IN_ANOTHER_WAY],
     "zero1": ALL,
     "zero2": ALL,
-    "zero3": [*ALL, *UNTIED, "llama-full-replicated-checkpointed"],
+    "zero3": [*ALL, *UNTIED, *IN_ANOTHER_WAY[:2]],
     "fsdp": [*ALL, *UNTIED, *IN_ANOTHER_WAY],
 }
 
