@@ -74,6 +74,20 @@ class Task(ABC):
         """Whether a batch has labels at all."""
         return any(batch.get(name) is not None for name in self.label_names)
 
+    def require_labels(self, batch: Mapping[str, Any]) -> None:
+        """InputError for a batch without labels."""
+        if not self.has_labels(batch):
+            needed = " and ".join(n for n in self.label_names if n != "shift_labels")
+            raise InputError(
+                f"the batch has no {needed}, only {', '.join(batch)}: the loss is taken where a "
+                "label is; add such a column, or a collator that makes one"
+            )
+
+    def given_labels(self, batch: Mapping[str, Any]) -> Any:
+        """The labels as `compute_metrics` gets them: a tensor, or a tuple of several."""
+        found = tuple(batch[name] for name in self.label_names if batch.get(name) is not None)
+        return found[0] if len(found) == 1 else found
+
     def target_index(self, batch: Mapping[str, Any]) -> Tensor:
         """The places of the targets in (rows * positions), (targets,) int64, ascending.
 

@@ -151,6 +151,16 @@ def make_teacher(
     return found
 
 
+def allow_wrapping(trainer: Any) -> None:
+    """Let the engine wrap a student that was evaluated before it is trained.
+
+    `Trainer.evaluate` marks the bare model as prepared. DDP would then leave it out, and each
+    process would train a student of its own (transformers 5.23, accelerate 1.15).
+    """
+    if trainer.model_wrapped is trainer.model:
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+
 def shared_outcomes(
     loss: DistillationLoss, tokenizer: Any, teacher: Teacher | None, recorded: Header | None
 ) -> int:

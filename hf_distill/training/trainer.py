@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_distill.errors import InputError
 from hf_distill.losses.divergences import Divergence, named_divergence
 from hf_distill.losses.objective import Objective, Term
 from hf_distill.losses.targets import WEIGHTS, total_counts
@@ -141,11 +140,7 @@ class DistillationMixin(Trainer):
         `DistillationLoss` divides it by the counts of the whole step, and multiplies it by the
         number of processes, by which the engines divide when they average gradients.
         """
-        if not self._loss.task.has_labels(inputs):
-            raise InputError(
-                f"the batch has no labels, only {', '.join(inputs)}: the loss is taken where a "
-                "label is; add a labels column, or a collator that makes one"
-            )
+        self._loss.task.require_labels(inputs)
         counts: Any = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         objective = self.current_objective()
@@ -173,7 +168,7 @@ class DistillationMixin(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's, which under DeepSpeed rounds a batch to the model's dtype; not these."""
-        exact = inputs.keys() & {*ALL_NAMES, *WEIGHTS}
+        exact = inputs.keys() & {*ALL_NAMES, *WEIGHTS, *self._loss.task.label_names}
         kept = {name: inputs[name].to(self.args.device, non_blocking=True) for name in exact}
         rest = {name: value for name, value in inputs.items() if name not in exact}
         return self._loss.step_targets.follow(inputs, {**super()._prepare_inputs(rest), **kept})
@@ -193,9 +188,7 @@ class DistillationMixin(Trainer):
     ) -> TrainOutput:
         """As Trainer's; resumes from complete checkpoints only."""
         folder, deepspeed = str(self.args.output_dir), self.is_deepspeed_enabled
-        if self.model_wrapped is self.model:
-            # An evaluation before marks the model as prepared, and DDP would then leave it out.
-            vars(self.model).pop("_is_accelerate_prepared", None)
+        setup.allow_wrapping(self)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, deepspeed=deepspeed)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -238,9 +231,8 @@ class DistillationMixin(Trainer):
         self._evaluation.add(batch, rows, self.accelerator.gather_for_metrics)
         if not whole:
             return batch.loss.float(), None, None
-        labels = tuple(inputs[n] for n in self._loss.task.label_names if inputs.get(n) is not None)
         outputs = batch.visible_outputs(self.model, ignore_keys)
-        return batch.loss.float(), outputs, labels[0] if len(labels) == 1 else labels
+        return batch.loss.float(), outputs, self._loss.task.given_labels(inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As Trainer's; the loss and its parts come from sums over rows, not means of batches."""
