@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import List, Value
-from scipy import stats
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation.pairs import PairMetric
@@ -107,6 +106,8 @@ class Regression(PairMetric):
     def _compute(
         self, predictions: Sequence[float], references: Sequence[float]
     ) -> dict[str, float]:
+        from scipy import stats  # half a second
+
         said, true = np.asarray(predictions), np.asarray(references)
         for name, values in (("prediction", said), ("reference", true)):
             if not np.isfinite(values).all():

@@ -90,7 +90,7 @@ class Generator:
     @property
     def new_tokens(self) -> int:
         """The most tokens that a text may have."""
-        return self.config.max_new_tokens or self.config.max_length
+        return self.config.max_new_tokens or self.config.max_length - 1
 
     @torch.no_grad()
     def write(
@@ -266,10 +266,18 @@ def _config(model: PreTrainedModel, settings: Mapping[str, Any], n: int) -> Gene
         config.update(**settings)
     except ValueError as error:
         raise InputError(_unfit(error)) from error
+    if not model.config.is_encoder_decoder:
+        # They count the padded prompt, so that a text would depend on the rows beside it.
+        for name in ("max_length", "min_length"):
+            if settings.get(name) is not None:
+                new = name.replace("length", "new_tokens")
+                raise InputError(f"{name!r} counts the tokens of the prompt too: give {new!r}")
+        config.max_length = None
+        config.min_length = 0  # None would stand for the model's own
+    if "max_new_tokens" in settings:
+        config.max_length = None
     if config.max_new_tokens is None and config.max_length is None:
         config.max_new_tokens = NEW_TOKENS
-    elif "max_new_tokens" in settings:
-        config.max_length = None
     if n < 1:
         raise InputError(f"n is {n}, but must be at least 1")
     beams = config.num_beams or 1

@@ -255,6 +255,22 @@ def test_texts_cut_at_the_limit_and_empty_ones_are_counted(
     assert bool(empty) == ("wrote nothing" in " ".join(caplog.messages))
 
 
+def test_lengths_of_the_teachers_own_generation_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder-decoder's `max_length` counts its text. A causal model's counts the prompt too, so
+    that another number of tokens is written."""
+    teacher = writer("t5")
+    teacher.generation_config.max_length = 7
+    found = made("t5", tmp_path / "a", teacher=teacher, generation={})
+    assert found["summary"] == made("t5", tmp_path / "b")["summary"]
+    monkeypatch.setattr("hf_distill.models.generation.NEW_TOKENS", 6)
+    teacher = writer("gpt2")
+    teacher.generation_config.max_length = 40
+    found = made("gpt2", tmp_path / "c", teacher=teacher, generation={})
+    assert found["summary"] == made("gpt2", tmp_path / "d")["summary"]
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"rows": Dataset.from_dict({"document": ["a", " "], "summary": ["", ""]})},
      "row 1: the source is empty"),
@@ -270,6 +286,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"generation": {"num_beam": 2}}, "no setting of generate: did you mean 'num_beams'"),
     ("t5", {"generation": {"typical_p": 0.9}}, "'typical_p' cannot be used"),
     ("t5", {"generation": {"temperature": -1.0, "do_sample": True}}, "do not fit"),
+    ("gpt2", {"generation": {"max_length": 9}}, "'max_length' counts .* give 'max_new_tokens'"),
     ("t5", {"n": 2}, "a search with 1 beam finds 1"),
     ("t5", {"n": 0}, "must be at least 1"),
     ("t5", {"n": 2, "generation": {"do_sample": True, "num_beams": 2}}, "drawn or searched"),
