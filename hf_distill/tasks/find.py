@@ -38,6 +38,10 @@ def find_task(model: Any, role: str, wanted: str | None = None) -> Task:
         if reason is None:
             return task.of(plain)
         reasons.append(f"{task.name}: {reason}")
+    if wanted is not None:
+        raise InputError(
+            f"the {role} is a {type(plain).__name__}, which does not fit {'; '.join(reasons)}"
+        )
     raise InputError(
         f"the {role} is a {type(plain).__name__}, which no task of this version fits "
         f"({'; '.join(reasons)})"

@@ -106,6 +106,7 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
     teacher = getattr(trainer.teacher, "model", None)
     if teacher is not None:
         task.check_pair(base_model(trainer.model), base_model(teacher))
+    trainer.accelerator.print(f"task: {task.name}")
     return DistillationLoss(
         student=make_runner(task, trainer, own_terms=trainer.overrides("extra_terms")),
         teacher=trainer.teacher,

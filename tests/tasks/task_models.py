@@ -103,7 +103,7 @@ def make_model(name: str, task: str, seed: int = 0, **config: Any) -> Any:
     model = _class(name, task)(getattr(hf, config_class)(**(shape | labels | config)))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.requires_grad:  # not Marian's sinusoids
                 parameter.mul_(6.0)
         bias = getattr(model, "final_logits_bias", None)
         if bias is not None:
