@@ -4,7 +4,8 @@
 
 The machine is expected to have Python 3.12 on Linux x86-64 and the packages of PROVIDED. Versions
 are those of constraints.txt. The result is checked: every requirement of this library and of each
-wheel is met by another wheel or by PROVIDED, or is NOT_USED, and all wheels together stay below LARGEST_MIB.
+wheel is met by another wheel, is PROVIDED or NOT_USED, and all wheels together stay below
+LARGEST_MIB.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def unmet(wanted: Iterator[tuple[str, Requirement]], held: Mapping[str, str]) ->
     found = []
     for owner, requirement in wanted:
         name = canonicalize_name(requirement.name)
-        if name in PROVIDED | NOT_USED or (requirement.marker and not requirement.marker.evaluate(MARKERS)):
+        elsewhere = requirement.marker and not requirement.marker.evaluate(MARKERS)
+        if name in PROVIDED | NOT_USED or elsewhere:
             continue
         if name not in held:
             found.append(f"{owner} needs {requirement.name}, which is not in the kit")

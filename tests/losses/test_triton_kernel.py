@@ -284,7 +284,8 @@ def test_variants_compile_with_few_registers(options: list[str]) -> None:
     for row in rows:
         assert row["launches_per_chunk"] == 1, row
         assert row["spills"] <= 32, row  # bytes of a thread
-        assert row["registers"] <= 128, row  # two programs a multiprocessor and more
+        # 128: two programs a multiprocessor and more. Evaluation keeps more running values.
+        assert row["registers"] <= (168 if "gradient False" in row["variant"] else 128), row
     bytes_moved = {row["variant"]: row["bytes_per_logit"] for row in rows}
     assert bytes_moved["logits, forward_kl, bfloat16, T 1"] == 10
     assert bytes_moved["logits, jsd, bfloat16, T 1"] == 14  # a third pass
