@@ -96,11 +96,32 @@ class Generator:
     def write(
         self, prompts: Sequence[list[int]], seeds: Sequence[Sequence[int]]
     ) -> list[list[Written]]:
-        """n texts for each prompt.
+        """n texts for each prompt, with their scores; see `texts`."""
+        texts, start = self._generate(prompts, seeds)
+        everything = [prompt for prompt in prompts for _ in range(self.n)]
+        scores = self._scores(everything, [ids for ids, _ in texts], start)
+        written = [
+            Written(ids, score, tokens, finished)
+            for (ids, finished), (score, tokens) in zip(texts, scores, strict=True)
+        ]
+        return [written[at : at + self.n] for at in range(0, len(written), self.n)]
 
-        prompts: ids; seeds: one number for each text, used where texts are drawn. A drawn text
-        depends on its prompt and seed only, up to the rounding of a batch of another shape.
+    @torch.no_grad()
+    def texts(
+        self, prompts: Sequence[list[int]], seeds: Sequence[Sequence[int]]
+    ) -> list[tuple[list[int], bool]]:
+        """n texts for each prompt: the new ids, and whether the text has ended.
+
+        prompts: ids; seeds: for each prompt one number for each text, used where texts are drawn.
+        A drawn text depends on its prompt and seed only, up to the rounding of a batch of another
+        shape.
         """
+        return self._generate(prompts, seeds)[0]
+
+    def _generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[Sequence[int]]
+    ) -> tuple[list[tuple[list[int], bool]], Tensor | None]:
+        """The texts, and the first decoder token of each where there is one."""
         repeats = self.n if self.draws else 1
         rows = [prompt for prompt in prompts for _ in range(repeats)]
         ids, mask = self._padded(rows)
@@ -117,14 +138,7 @@ class Generator:
             )
         first = 1 if self.encoder_decoder else ids.shape[1]
         start = found[:, :1] if self.encoder_decoder else None
-        texts = [self._text(row) for row in found[:, first:].tolist()]
-        everything = [prompt for prompt in prompts for _ in range(self.n)]
-        scores = self._scores(everything, [ids for ids, _ in texts], start)
-        written = [
-            Written(ids, score, tokens, finished)
-            for (ids, finished), (score, tokens) in zip(texts, scores, strict=True)
-        ]
-        return [written[at : at + self.n] for at in range(0, len(written), self.n)]
+        return [self._text(row) for row in found[:, first:].tolist()], start
 
     def _padded(self, rows: Sequence[list[int]], side: str = "") -> tuple[Tensor, Tensor]:
         """Ids and attention mask; a causal model continues rows that are padded on the left."""

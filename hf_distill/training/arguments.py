@@ -97,6 +97,30 @@ class DistillationArguments(TrainingArguments):
         default=False,
         metadata={"help": "Raw rows of messages: learn the assistant's turns only."},
     )
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows, 0 to 1, whose completion the student writes itself in each "
+            "step, to be judged by a live teacher without cross-entropy."
+        },
+    )
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature at which the student writes; 0 for the likeliest tokens."},
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "The student draws from the likeliest tokens of this mass."}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "The student draws from this many likeliest tokens; 0: all."}
+    )
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "The most tokens that the student writes for a row."}
+    )
+    prompt_tokens: int = field(
+        default=32,
+        metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
+    )
     teacher_placement: str = field(
         default="auto",
         metadata={
@@ -188,6 +212,12 @@ class DistillationArguments(TrainingArguments):
                 self.head_memory_mb is None or self.head_memory_mb >= 1,
                 "at least 1",
             ),
+            "on_policy": (0 <= self.on_policy <= 1, "between 0 and 1"),
+            "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
         }

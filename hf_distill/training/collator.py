@@ -35,6 +35,8 @@ class CheckingCollator:
     end_of_text: the tokenizer's end-of-text token where it is also its padding token
     indexed: attach the index of the targets (`training.target_index`); False where batches are
         joined or cut after the collator
+    weighted: the columns of weights that some rows have. Every batch then has them: a step's mean
+        would otherwise be taken over the targets of some micro-batches only
     raises: InputError naming the id
     """
 
@@ -44,6 +46,7 @@ class CheckingCollator:
     outcomes: int
     end_of_text: int | None = None
     indexed: bool = True
+    weighted: frozenset[str] = frozenset()
     _said: set[str] = field(default_factory=set)
 
     @property
@@ -52,7 +55,7 @@ class CheckingCollator:
         return min(self.embeddings.values())
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        given = [name for name in WEIGHTS if any(_has(row, name) for row in rows)]
+        given = [name for name in WEIGHTS if name in self.weighted or _any_has(rows, name)]
         plain = [_without(row, given) for row in rows] if given else list(rows)
         batch = self.collator(plain)
         for name in given:
@@ -133,13 +136,31 @@ def checking_collator(
             embeddings[f"teacher {teacher.name!r}"] = reads
     # accelerate's dispatcher joins batches and cuts the result.
     apart = trainer.accelerator.dispatch_batches is False
+    held_out = trainer.eval_dataset
+    others = held_out.values() if isinstance(held_out, Mapping) else [held_out]
     return CheckingCollator(
-        collator, loss.task, embeddings, student.outcomes, shared_end, indexed=apart
+        collator,
+        loss.task,
+        embeddings,
+        student.outcomes,
+        shared_end,
+        indexed=apart,
+        weighted=weight_columns(trainer.train_dataset, *others),
     )
 
 
-def _has(row: Any, name: str) -> bool:
-    return isinstance(row, Mapping) and row.get(name) is not None
+def weight_columns(*datasets: Any) -> frozenset[str]:
+    """The columns of weights in some data sets; lists are looked through."""
+    found: set[str] = set()
+    for dataset in datasets:
+        names = getattr(dataset, "column_names", None)
+        rows = dataset if isinstance(dataset, list | tuple) else ()
+        found |= {name for name in WEIGHTS if name in (names or ()) or _any_has(rows, name)}
+    return frozenset(found)
+
+
+def _any_has(rows: Sequence[Any], name: str) -> bool:
+    return any(isinstance(row, Mapping) and row.get(name) is not None for row in rows)
 
 
 def _without(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -20,12 +20,11 @@ from hf_distill.training.arguments import DistillationArguments
 DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
 
 
-def prepare_datasets(args: DistillationArguments, student: Any, given: dict[str, Any]) -> list[str]:
-    """Tokenize the raw data sets among a trainer's arguments, in place.
+def prepare_datasets(args: DistillationArguments, student: Any, given: dict[str, Any]) -> None:
+    """Tokenize the raw data sets among a trainer's arguments, in place, and say what was done.
 
     given: the trainer's keyword arguments; a tokenizer that had to be found is added to them, and
         a collator where there is none
-    returns: what was done, a line for each data set
     """
     limit = None if student is None else max_positions(base_model(student).config)
     own = given.get("data_collator") is not None
@@ -39,7 +38,9 @@ def prepare_datasets(args: DistillationArguments, student: Any, given: dict[str,
         known = isinstance(tokenizer, PreTrainedTokenizerBase)
         # Without a tokenizer any id will do: what pads is masked.
         given["data_collator"] = collator(tokenizer) if known else Collator(0, 0)
-    return prepare.lines
+    if args.process_index == 0:
+        for line in prepare.lines:
+            print(line)
 
 
 class RowPreparation:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.objective import Objective
+from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
 from hf_distill.models.loading import load_model
@@ -20,7 +21,7 @@ from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
 from hf_distill.models.vocabulary import compare_tokens, shared_vocabulary, suppress_unused_ids
 from hf_distill.recordings.reader import check_recording
-from hf_distill.recordings.row_format import Header
+from hf_distill.recordings.row_format import COLUMN, Header
 from hf_distill.tasks import Task, find_task
 from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
@@ -150,6 +151,11 @@ def make_teacher(
             "share: make it of the student, or give that model itself as the teacher"
         )
     return found
+
+
+def own_columns(task: Task, recorded: Header | None) -> set[str]:
+    """The columns of a data set that are for the objective, not for the student's forward."""
+    return {*WEIGHTS, *task.withheld, *([] if recorded is None else [COLUMN])}
 
 
 def allow_wrapping(trainer: Any) -> None:

@@ -22,7 +22,6 @@ from hf_distill.losses.divergences import Divergence, named_divergence
 from hf_distill.losses.objective import Objective, Term
 from hf_distill.losses.targets import WEIGHTS, total_counts
 from hf_distill.recordings.collator import ALL_NAMES
-from hf_distill.recordings.row_format import COLUMN
 from hf_distill.reporting.model_card import write_card
 from hf_distill.teachers import Teacher
 from hf_distill.training import artifacts, setup
@@ -32,6 +31,7 @@ from hf_distill.training.collator import checking_collator
 from hf_distill.training.datasets import prepare_datasets
 from hf_distill.training.evaluation_sums import EvaluationSums
 from hf_distill.training.loss import Counts, DistillationLoss, step_counts
+from hf_distill.training.on_policy import OnPolicy
 from hf_distill.training.recordings import find_recordings
 from hf_distill.training.step_sums import StepSums, loss_for_log
 
@@ -51,6 +51,7 @@ class DistillationMixin(Trainer):
     arguments: type[DistillationArguments] = DistillationArguments
     args: DistillationArguments
     _loss: DistillationLoss
+    _evaluation: EvaluationSums
 
     def __init__(
         self,
@@ -69,13 +70,11 @@ class DistillationMixin(Trainer):
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        done = prepare_datasets(args, student, others)
+        prepare_datasets(args, student, others)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)
-        for line in done:
-            self.accelerator.print(line)
-        self._sums, self._evaluation = StepSums(self.args), EvaluationSums()
+        self._sums, self._writer = StepSums(self.args), OnPolicy(self)
         self._parts_to_log: dict[str, float] = {}
         self._loss = setup.make_loss(self, task)
         self._objective = setup.make_objective(self, self._loss, self._recorded)
@@ -161,8 +160,11 @@ class DistillationMixin(Trainer):
         return loss_for_log(self, loss)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the index of the targets is taken out of each batch and kept beside it."""
+        """As Trainer's; the student writes, and the index of the targets is taken out."""
+        counts: Any
         batches, counts = super().get_batch_samples(*args, **kwargs)
+        if self._writer.write(batches):
+            counts = self._get_num_items_in_batch(batches, self.args.device)
         self._loss.step_targets.take(batches, self._checks.check)
         return batches, counts
 
@@ -177,9 +179,7 @@ class DistillationMixin(Trainer):
         """As Trainer's, which drops the columns that a model does not take, except for these."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        recorded = [] if self._recorded is None else [COLUMN]
-        own = (*recorded, *WEIGHTS, *self._loss.task.withheld)
-        columns += [name for name in own if name not in columns]
+        columns += setup.own_columns(self._loss.task, self._recorded) - {*columns}
 
     # ---- Training and its log ----
 
@@ -201,7 +201,7 @@ class DistillationMixin(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's; the parts of the objective join the log that it is about to write."""
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._parts_to_log = self._sums.pop_means(self.accelerator)
+            self._parts_to_log = self._sums.pop_means(self.accelerator) | self._writer.pop_figures()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

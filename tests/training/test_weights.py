@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from trainer_setup import arguments, make_rows, small_model
+from trainer_setup import arguments, collate, make_rows, small_model
 
 from hf_distill import DistillationTrainer, InputError, record
 
@@ -136,3 +136,27 @@ def test_refused(weight: Any, tmp_path: Path) -> None:
     rows = [{**row, "ce_weight": weight} for row in make_rows(8, seed=5)]
     with pytest.raises(InputError, match=r"ce_weight is .* must be a number of at least 0"):
         trainer(tmp_path, rows).train()
+
+
+def test_batches_whose_rows_have_no_weight(tmp_path: Path) -> None:
+    """A step's mean is the same wherever the rows without a weight are."""
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        rows = make_rows(8, 0)
+        for row in rows[:2]:
+            row["ce_weight"] = 0.0
+        trainer = DistillationTrainer(
+            small_model(0),
+            small_model(1),
+            arguments(
+                tmp_path, max_steps=1, per_device_train_batch_size=size, optim="sgd",
+                gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
+                learning_rate=0.5,
+            ),
+            train_dataset=rows,
+            data_collator=collate,
+        )  # fmt: skip
+        trainer.train()
+        found.append(dict(trainer.model.named_parameters()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,189 @@
+"""On-policy rows: the step that the student's own text makes, and what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_setup import arguments, collate, make_rows, small_model, weights
+
+from hf_distill import DistillationTrainer
+from hf_distill.errors import InputError
+from hf_distill.training.on_policy import OnPolicy
+
+
+class Watching(DistillationTrainer):
+    """Keeps the batches of each step as they were trained on."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, counts = super().get_batch_samples(*args, **kwargs)
+        self.seen = [*getattr(self, "seen", []), *({**batch} for batch in batches)]
+        return batches, counts
+
+
+def make(folder: Path, kind: Any = Watching, rows: Any = None, **options: Any) -> Any:
+    fixed: dict[str, Any] = {"max_new_tokens": 6, "prompt_tokens": 3, "learning_rate": 1e-2}
+    teacher, model = options.pop("teacher", small_model(1)), options.pop("model", small_model(0))
+    collator = options.pop("data_collator", collate)
+    return kind(
+        model,
+        teacher,
+        arguments(folder, **(fixed | {"train_sampling_strategy": "sequential"} | options)),
+        train_dataset=make_rows(8, 0) if rows is None else rows,
+        data_collator=collator,
+    )
+
+
+def written_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of padded batches as a data set."""
+    found = []
+    for batch in batches:
+        weight = batch.get("ce_weight", torch.ones(len(batch["input_ids"])))
+        for ids, labels, mask, one in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], weight, strict=True
+        ):
+            keep = mask.bool()
+            found.append(
+                {"input_ids": ids[keep].tolist(), "labels": labels[keep].tolist(),
+                 "ce_weight": float(one)}
+            )  # fmt: skip
+    return found
+
+
+def test_without_a_share_nothing_changes(tmp_path: Path) -> None:
+    plain, none = make(tmp_path), make(tmp_path, on_policy=0.0, sampling_temperature=2.0)
+    plain.train()
+    none.train()
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(none)[name])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_was_written_given_as_data_gives_the_same_step(share: float, tmp_path: Path) -> None:
+    written = make(tmp_path, on_policy=share, max_steps=2)
+    written.train()
+    rows = written_rows(written.seen)
+    own = [row for row in rows if row["ce_weight"] == 0]
+    assert len(own) == 8 if share == 1.0 else 0 < len(own) < 8
+    replayed = make(tmp_path, rows=rows, max_steps=2)
+    replayed.train()
+    for name, value in weights(written).items():
+        torch.testing.assert_close(value, weights(replayed)[name], rtol=1e-6, atol=1e-7)
+
+
+def test_prompts_and_completions(tmp_path: Path) -> None:
+    trainer = make(tmp_path, on_policy=1.0, max_steps=2)
+    trainer.train()
+    for row, old in zip(written_rows(trainer.seen), make_rows(8, 0), strict=True):
+        prompt = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        first = next(i for i, label in enumerate(old["labels"]) if label != -100)
+        assert row["input_ids"][:prompt] == old["input_ids"][:prompt]
+        assert prompt == (first if first > 1 else min(3, len(old["input_ids"]) - 1))
+        completion = row["input_ids"][prompt:]
+        assert row["labels"] == [-100] * prompt + completion
+        assert 1 <= len(completion) <= 6
+        # The end is a target once, and nothing stands after it.
+        assert 0 not in completion[:-1]
+        assert completion[-1] == 0 or len(completion) == 6
+
+
+def test_neither_batch_size_nor_accumulation_matter(tmp_path: Path) -> None:
+    found = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        trainer = make(
+            tmp_path, on_policy=0.6, max_steps=3, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=0.3,
+        )  # fmt: skip
+        trainer.train()
+        found.append((sorted(map(str, written_rows(trainer.seen)[:8])), weights(trainer)))
+    for rows, values in found[1:]:
+        assert rows == found[0][0]
+        for name, value in values.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_training_writes_the_same(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make(tmp_path / "whole", on_policy=1.0, max_steps=4, **saving)
+    whole.train()
+    make(tmp_path / "parts", on_policy=1.0, max_steps=2, **saving).train()
+    resumed = make(tmp_path / "parts", on_policy=1.0, max_steps=4, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name])
+
+
+def test_the_students_state_is_as_before(tmp_path: Path) -> None:
+    trainer = make(tmp_path, on_policy=1.0, activation_checkpointing=True, max_steps=1)
+    trainer.train()
+    model = trainer.model.train()
+    model.transformer.drop.eval()
+    batches = [collate(make_rows(4, 1))]
+    state = torch.get_rng_state()
+    assert trainer._writer.write(batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.transformer.drop.training
+
+
+def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
+    trainer = make(tmp_path, on_policy=1.0, sampling_temperature=0.0, max_steps=1)
+    student = small_model(0).eval()
+    trainer.train()
+    for row in written_rows(trainer.seen)[:4]:
+        prompt = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        ids = torch.tensor([row["input_ids"][:prompt]])
+        alone = student.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )[0]
+        assert row["input_ids"] == alone.tolist()
+
+
+def test_figures_are_logged(tmp_path: Path) -> None:
+    trainer = make(tmp_path, on_policy=1.0, max_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert 1 <= entry["written_tokens"] <= 6
+    assert 0 <= entry["written_cut"] <= 1
+    assert 0 <= entry["written_repetition"] <= 1
+    assert entry["writing_seconds"] > 0
+    assert entry["ce"] == 0  # no row has labels to learn
+
+
+def test_texts_without_an_end_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_model(0)
+    model.generation_config.suppress_tokens = [0]
+    make(tmp_path, model=model, on_policy=1.0, max_steps=4).train()
+    assert sum("ran to max_new_tokens=6" in record.message for record in caplog.records) == 1
+
+
+def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = collate(rows)
+    positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    return {**batch, "position_ids": positions}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"teacher": None}, "needs a live teacher"),
+        ({"data_collator": packed}, "set packing to False"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"on_policy": 1.5}, "on_policy is 1.5"),
+    ],
+)
+def test_what_cannot_be(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        make(tmp_path, **({"on_policy": 0.5, "alpha": 0.0} | options)).train()
+
+
+def test_prompts_alone_are_enough(tmp_path: Path) -> None:
+    """Rows without any target have nothing to learn from but what the student writes."""
+    rows = [row | {"labels": [-100] * len(row["input_ids"])} for row in make_rows(8, 0)]
+    trainer = make(tmp_path, rows=rows, on_policy=1.0, max_steps=1)
+    trainer.train()
+    for row, old in zip(written_rows(trainer.seen), rows, strict=False):
+        assert row["input_ids"][: len(old["input_ids"])] == old["input_ids"]
+    assert isinstance(trainer._writer, OnPolicy)
