@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import TESTS, launch
+from peft import LoraConfig, get_peft_model
 from trainer_setup import arguments, collate, make_rows, small_model, weights
 
 from hf_distill import DistillationTrainer
 from hf_distill.errors import InputError
 from hf_distill.training.on_policy import OnPolicy
+
+sys.path.insert(0, str(TESTS / "tasks"))
+
+from task_models import collate as task_collate
+from task_models import make_model
+from task_models import make_rows as task_rows
 
 
 class Watching(DistillationTrainer):
@@ -187,3 +196,61 @@ def test_prompts_alone_are_enough(tmp_path: Path) -> None:
     for row, old in zip(written_rows(trainer.seen), rows, strict=False):
         assert row["input_ids"][: len(old["input_ids"])] == old["input_ids"]
     assert isinstance(trainer._writer, OnPolicy)
+
+
+def make_for_processes(folder: Path, processes: int) -> Any:
+    size = 8 // processes
+    return make(
+        folder, on_policy=0.6, max_steps=2, per_device_train_batch_size=size, optim="sgd",
+        learning_rate=0.3,
+    )  # fmt: skip
+
+
+def test_two_processes_write_and_learn_as_one(tmp_path: Path) -> None:
+    alone = make_for_processes(tmp_path, processes=1)
+    alone.train()
+    launch("on_policy_worker.py", str(tmp_path))
+    found = torch.load(tmp_path / "weights.pt")
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_encoder_decoders_write_too(name: str, tmp_path: Path) -> None:
+    rows = task_rows("seq2seq-lm")
+    trainer = Watching(
+        make_model(name, "seq2seq-lm", 0),
+        make_model(name, "seq2seq-lm", 1),
+        arguments(
+            tmp_path, on_policy=1.0, max_steps=1, max_new_tokens=5, sampling_temperature=0.0,
+            per_device_train_batch_size=8, train_sampling_strategy="sequential",
+        ),
+        train_dataset=rows,
+        data_collator=task_collate,
+    )  # fmt: skip
+    student = make_model(name, "seq2seq-lm", 0)
+    trainer.train()
+    batch = trainer.seen[0]
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row["input_ids"]])
+        alone = student.generate(ids, max_new_tokens=5, do_sample=False, num_beams=1)[0, 1:]
+        labels = batch["labels"][number]
+        assert labels[labels != -100].tolist() == alone.tolist()
+        assert batch["input_ids"][number][: ids.shape[1]].tolist() == row["input_ids"]
+    assert batch["ce_weight"].tolist() == [0.0] * len(rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_writes_with_its_adapter(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    torch.manual_seed(3)
+    student = get_peft_model(small_model(0), lora)
+    trainer = make(tmp_path, model=student, on_policy=1.0, max_steps=1, sampling_temperature=0.0)
+    ids = torch.tensor([make_rows(8, 0)[2]["input_ids"][:2]])
+    student.eval()
+    alone = student.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )[0]
+    trainer.train()
+    rows = written_rows(trainer.seen)
+    assert alone.tolist() in [row["input_ids"] for row in rows]
