@@ -18,6 +18,7 @@ read_source_target, read_questions, read_labelled, read_tagged, read_texts
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
 Labels, label_names what labels are, and what a model's config says of them
+task_collator       rows of a task to batches of tensors
 masking_collator    masks tokens at random, for masked language modelling
 
 For all:
@@ -31,6 +32,7 @@ from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
+from hf_distill.data.task_batches import task_collator
 from hf_distill.data.task_rows import (
     Labels,
     read_labelled,
@@ -72,6 +74,7 @@ __all__ = [
     "read_tagged",
     "read_texts",
     "require_rows",
+    "task_collator",
     "text_iterator",
     "tokenize_labelled",
     "tokenize_questions",

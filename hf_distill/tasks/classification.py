@@ -193,7 +193,7 @@ def check_classes(student: Any, teacher: Any) -> None:
             f"num_labels={teacher.num_labels}"
         )
     ours, theirs = student.id2label or {}, teacher.id2label or {}
-    if _is_unnamed(ours) or _is_unnamed(theirs):
+    if is_unnamed(ours) or is_unnamed(theirs):
         return
     for number in sorted(ours):
         if ours[number] != theirs.get(number):
@@ -203,5 +203,6 @@ def check_classes(student: Any, teacher: Any) -> None:
             )
 
 
-def _is_unnamed(names: Mapping[int, str]) -> bool:
+def is_unnamed(names: Mapping[int, str]) -> bool:
+    """Whether a config has only the names that transformers gives to classes without one."""
     return all(name == f"LABEL_{number}" for number, name in names.items())

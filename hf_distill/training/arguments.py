@@ -83,6 +83,22 @@ class DistillationArguments(TrainingArguments):
             "default 1024, or as many as student and tokenizer take."
         },
     )
+    max_target_length: int = field(
+        default=128,
+        metadata={"help": "Raw rows of an encoder-decoder: the most tokens of a target text."},
+    )
+    source_prefix: str = field(
+        default="",
+        metadata={"help": "Raw rows of an encoder-decoder: put before each source text."},
+    )
+    stride: int = field(
+        default=128,
+        metadata={"help": "Raw rows of questions: tokens that windows of a long context share."},
+    )
+    mask_probability: float = field(
+        default=0.15,
+        metadata={"help": "Masked language models: share of the tokens that are masked."},
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Raw rows: fill rows of max_length tokens with several documents."},
@@ -219,6 +235,9 @@ class DistillationArguments(TrainingArguments):
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
+            "max_target_length": (self.max_target_length >= 2, "at least 2"),
+            "stride": (self.stride >= 0, "at least 0"),
+            "mask_probability": (0 < self.mask_probability < 1, "strictly between 0 and 1"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
         }
         for name, (fits, allowed) in ranges.items():

@@ -51,7 +51,6 @@ class DistillationMixin(Trainer):
     arguments: type[DistillationArguments] = DistillationArguments
     args: DistillationArguments
     _loss: DistillationLoss
-    _evaluation: EvaluationSums
 
     def __init__(
         self,
@@ -70,12 +69,11 @@ class DistillationMixin(Trainer):
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        prepare_datasets(args, student, others)
+        prepare_datasets(args, student, others, task)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)
         self._sums, self._writer = StepSums(self.args), OnPolicy(self)
-        self._parts_to_log: dict[str, float] = {}
         self._loss = setup.make_loss(self, task)
         self._objective = setup.make_objective(self, self._loss, self._recorded)
         self.data_collator = self._checks = checking_collator(self, self._loss, self._recorded)
@@ -170,7 +168,8 @@ class DistillationMixin(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's, which under DeepSpeed rounds a batch to the model's dtype; not these."""
-        exact = inputs.keys() & {*ALL_NAMES, *WEIGHTS, *self._loss.task.label_names}
+        names = {*ALL_NAMES, *WEIGHTS, *self._loss.task.label_names}
+        exact = [name for name in names if isinstance(inputs.get(name), Tensor)]
         kept = {name: inputs[name].to(self.args.device, non_blocking=True) for name in exact}
         rest = {name: value for name, value in inputs.items() if name not in exact}
         return self._loss.step_targets.follow(inputs, {**super()._prepare_inputs(rest), **kept})
@@ -195,7 +194,7 @@ class DistillationMixin(Trainer):
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which `auto_find_batch_size` restarts after running out of memory."""
         self._sums.reset()
-        self._parts_to_log = {}
+        self._parts_to_log: dict[str, float] = {}
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
