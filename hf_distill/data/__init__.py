@@ -19,6 +19,7 @@ tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, 
                     these rows as token ids and labels
 Labels, label_names what labels are, and what a model's config says of them
 masking_collator    masks tokens at random, for masked language modelling
+read_task_rows, tokenize_task_rows, TaskRows     the same from a recipe's `data` section
 
 For all:
 collator, Collator  rows to batches of tensors
@@ -30,6 +31,7 @@ from hf_distill.data.config import CleanConfig, DataConfig
 from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
+from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_task_rows
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
 from hf_distill.data.task_rows import (
     Labels,
@@ -59,6 +61,7 @@ __all__ = [
     "Labels",
     "PreparationTable",
     "Step",
+    "TaskRows",
     "check_max_length",
     "clean_rows",
     "collator",
@@ -70,6 +73,7 @@ __all__ = [
     "read_questions",
     "read_source_target",
     "read_tagged",
+    "read_task_rows",
     "read_texts",
     "require_rows",
     "text_iterator",
@@ -79,5 +83,6 @@ __all__ = [
     "tokenize_rows",
     "tokenize_source_target",
     "tokenize_tagged",
+    "tokenize_task_rows",
     "tokenize_texts",
 ]
