@@ -189,6 +189,8 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         versions=metrics["versions"],
         repo_id=recipe.publish.repo_id,
         adapter=lora,
+        task=recipe.task,
+        examples=metrics.get("examples") or (),
     )
 
 
