@@ -20,6 +20,7 @@ tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, 
 Labels, label_names what labels are, and what a model's config says of them
 task_collator       rows of a task to batches of tensors
 masking_collator    masks tokens at random, for masked language modelling
+read_task_rows, tokenize_task_rows, TaskRows     the same from a recipe's `data` section
 
 For all:
 collator, Collator  rows to batches of tensors
@@ -31,6 +32,7 @@ from hf_distill.data.config import CleanConfig, DataConfig
 from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
+from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_task_rows
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
 from hf_distill.data.task_batches import task_collator
 from hf_distill.data.task_rows import (
@@ -61,6 +63,7 @@ __all__ = [
     "Labels",
     "PreparationTable",
     "Step",
+    "TaskRows",
     "check_max_length",
     "clean_rows",
     "collator",
@@ -72,6 +75,7 @@ __all__ = [
     "read_questions",
     "read_source_target",
     "read_tagged",
+    "read_task_rows",
     "read_texts",
     "require_rows",
     "task_collator",
@@ -82,5 +86,6 @@ __all__ = [
     "tokenize_rows",
     "tokenize_source_target",
     "tokenize_tagged",
+    "tokenize_task_rows",
     "tokenize_texts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -51,12 +51,10 @@ def collect(
     parts: list[Dataset] = []
     formats: dict[Format, str] = {}
     mappings: dict[str, None] = {}
-    for kind, group in groupby(find_files(places, config.exclude), key=_reader):
-        files = list(group)
-        rows = _from_files(kind, files, config, work_dir)
-        part, found, mapping = normalise(rows, config, str(files[0]))
+    for rows, where in _by_reader(config, places, work_dir):
+        part, found, mapping = normalise(rows, config, where)
         parts.append(part)
-        formats.setdefault(found, str(files[0]))
+        formats.setdefault(found, where)
         mappings |= {mapping: None} if mapping else {}
     if len(formats) > 1:
         listed = ", ".join(f"{name} ({where})" for name, where in formats.items())
@@ -65,6 +63,38 @@ def collect(
     if not len(rows):
         raise InputError(f"{', '.join(places)}: the files hold no row")
     return rows, next(iter(formats)), "; ".join(mappings)
+
+
+def collect_columns(
+    config: DataConfig, places: str | Sequence[str], split: str, work_dir: Path
+) -> Dataset:
+    """All rows of some places with the columns that they have. See `collect`.
+
+    raises: InputError also where files have different columns
+    """
+    places = [places] if isinstance(places, str) else list(places)
+    if (name := hub_id(places)) is not None:
+        return _from_hub(name, config, split, work_dir)
+    parts, origins = zip(*_by_reader(config, places, work_dir), strict=True)
+    for rows, where in zip(parts, origins, strict=True):
+        if set(rows.column_names) != set(parts[0].column_names):
+            raise InputError(
+                f"{where} has the columns {', '.join(rows.column_names)}, but {origins[0]} has "
+                f"{', '.join(parts[0].column_names)}: prepare them apart"
+            )
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(list(parts))
+    if not len(rows):
+        raise InputError(f"{', '.join(places)}: the files hold no row")
+    return rows
+
+
+def _by_reader(
+    config: DataConfig, places: Sequence[str], work_dir: Path
+) -> Iterator[tuple[Dataset, str]]:
+    """The rows of neighbouring files that are read alike, and the first of these files."""
+    for kind, group in groupby(find_files(places, config.exclude), key=_reader):
+        files = list(group)
+        yield _from_files(kind, files, config, work_dir), str(files[0])
 
 
 def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, Format, str]:
@@ -78,7 +108,9 @@ def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, F
         "prompt_completion": (config.prompt_column, config.completion_column),
         "text": (config.text_column,),
     }
-    wanted = given if config.format == "auto" else {config.format: given[config.format]}
+    # The formats of other tasks have readers of their own; a recipe refuses them here.
+    only = None if config.format == "auto" else cast(Format, config.format)
+    wanted = given if only is None else {only: given[only]}
     renamed = {name: columns for name, columns in wanted.items() if columns != COLUMNS[name]}
     for name, columns in renamed.items():
         if set(columns) <= set(rows.column_names):
@@ -86,7 +118,6 @@ def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, F
             new = dict(zip(columns, COLUMNS[name], strict=True))
             rows = rows.rename_columns({old: to for old, to in new.items() if old != to})
             return _finished(rows, name, where, "")
-    only = None if config.format == "auto" else config.format
     form = None if renamed else find_form(rows.column_names, only)
     if form is None:
         raise InputError(_unknown_columns(rows.column_names, renamed, only, where))

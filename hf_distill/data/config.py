@@ -66,9 +66,20 @@ class DataConfig(BaseModel):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
 
-    format: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
-    """What the columns hold; ``auto`` takes the first form of docs/data.md whose columns are
-    there."""
+    format: Literal[
+        "auto",
+        "text",
+        "prompt_completion",
+        "chat",
+        "source_target",
+        "questions",
+        "labelled",
+        "tagged",
+    ] = "auto"
+    """What the columns hold; ``auto`` takes the format of the recipe's task, for causal language
+    modelling the first form of docs/data.md whose columns are there."""
+    columns: dict[str, str] | None = None
+    """Other tasks: the names of columns that are not the known ones, as ``{text: body}``."""
     text_column: str = "text"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
@@ -83,7 +94,19 @@ class DataConfig(BaseModel):
 
     clean: CleanConfig = CleanConfig()
     max_length: int = Field(default=512, ge=2)
-    """Tokens of a row, at most."""
+    """Tokens of a row, at most; of a source, where rows have source and target."""
+    max_target_length: int = Field(default=128, ge=2)
+    """Tokens of a target, at most."""
+    prefix: str = ""
+    """Put before each source, as ``"summarize: "``."""
+    source_lang: str | None = None
+    """Language code of the sources, for models with such codes (mBART, M2M100, NLLB)."""
+    target_lang: str | None = None
+    """The same for the targets."""
+    stride: int = Field(default=128, ge=0)
+    """Question answering: tokens that the next window of a long context repeats."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Masked language modelling: the share of tokens that is masked."""
     packing: bool = True
     """Fill rows of ``max_length`` tokens with several documents instead of padding each."""
     packing_attention: Literal["auto", "across", "within"] = "auto"

@@ -79,6 +79,12 @@ def repeated(hashes: Hashes) -> Mask:
     return mask
 
 
+def smallest(keys: Hashes, fraction: float) -> Mask:
+    """(rows,) True for the rows with the smallest of the distinct keys, at least one of them."""
+    distinct = np.unique(keys)
+    return keys <= distinct[max(1, round(fraction * len(distinct))) - 1]
+
+
 def near_repeated(signatures: Signatures, threshold: float) -> Mask:
     """(rows,) True for every row that is similar to an earlier one and has the same targets."""
     return _similar_to_leader(signatures, threshold, len(signatures), learnt=True)

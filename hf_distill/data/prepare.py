@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -21,6 +22,7 @@ from hf_distill.data.deduplicate import (
     near_evaluation,
     near_repeated,
     repeated,
+    smallest,
 )
 from hf_distill.data.hashing import Hashes, mix
 from hf_distill.data.preparation_table import PreparationTable, Step
@@ -81,7 +83,7 @@ def clean_rows(
     work_dir.mkdir(parents=True, exist_ok=True)
     train, name, collected = _part(config, config.train, "train", config.split, work_dir)
     table = PreparationTable().add(collected, _filter(train))
-    places, split = _evaluation(config)
+    places, split = evaluation_places(config)
     if places is None:
         evaluation = _hold_out(train, config.eval_fraction, seed)
         _refuse_single_row(train, evaluation, config)
@@ -107,10 +109,16 @@ def text_iterator(rows: Dataset | DatasetDict) -> Iterator[str]:
     """Every text of the (training) rows, one by one, to train a tokenizer on."""
     for row in rows["train"] if isinstance(rows, DatasetDict) else rows:
         for value in row.values():
-            if isinstance(value, str):
-                yield value
-            else:
-                yield from (turn["content"] for turn in value)
+            yield from _strings(value)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts of a value: a text, a list of texts, or a list of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield one["content"] if isinstance(one, dict) else one
 
 
 def require_rows(dataset: Dataset, needed: int, what: str) -> None:
@@ -144,7 +152,7 @@ def _part(
     return part, name, part.step("collect", changed=changed)
 
 
-def _evaluation(config: DataConfig) -> tuple[str | list[str] | None, str]:
+def evaluation_places(config: DataConfig) -> tuple[str | list[str] | None, str]:
     """Where evaluation rows come from (None: held out), and the split if that is the Hub."""
     if config.eval is not None:
         return config.eval, config.eval_split or "validation"
@@ -172,8 +180,7 @@ def _hold_out(train: _Part, fraction: float, seed: int) -> _Part:
     keys = train.keys(seed)
     if not len(keys):
         raise InputError("no row is left after cleaning: check data.clean and the files")
-    distinct = np.unique(keys)
-    held = keys <= distinct[max(1, round(fraction * len(distinct))) - 1]
+    held = smallest(keys, fraction)
     evaluation = _Part("eval", train.rows, train.indices[held])
     train.drop(held)
     return evaluation

@@ -149,7 +149,9 @@ def _quality(
     shared_vocabulary: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    metrics: list[RowMetric] = [Perplexity(), BitsPerByte(), CalibrationError()]
+    metrics: list[RowMetric] = [Perplexity(), CalibrationError()]
+    if pair.task.fused:  # labels are tokens, which spell a text
+        metrics.insert(1, BitsPerByte())
     rows = targets = 0
     for batch in batches:
         if not pair.task.has_labels(batch):
@@ -162,7 +164,8 @@ def _quality(
         if theirs is not None and not any(isinstance(m, TeacherAgreement) for m in metrics):
             metrics.append(TeacherAgreement())
         sums = row_sums(ours, theirs, labels, shared_vocabulary)
-        sums["bytes"] = text_bytes(labels, tokenizer)
+        if pair.task.fused:
+            sums["bytes"] = text_bytes(labels, tokenizer)
         sums = {k: v.cpu() for k, v in accelerator.gather_for_metrics(sums).items()}
         _refuse_non_finite(sums, rows)
         for metric in metrics:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,31 +18,43 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_distill.errors import InputError
+from hf_distill.models.heads import HEADS, model_types
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-SMALLEST_VOCABULARY = 258  # every byte and the two special tokens
+# Of other tasks than causal language modelling, as in RoBERTa.
+BEGIN, END, MASK = "<s>", "</s>", "<mask>"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, model_max_length: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    model_max_length: int | None = None,
+    task: str = "causal-lm",
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE, lossless on any text, with exactly ``vocab_size`` tokens.
 
     texts: the corpus, read once and never kept in memory
-    vocab_size: number of tokens, the two special ones included: ``<|endoftext|>`` (id 0, begins
-        and ends a text) and ``<|pad|>`` (id 1). Padding has its own token, so that the end of a
-        text is never masked together with it and stays learnable.
+    vocab_size: number of tokens, the special ones included. For a causal model they are
+        ``<|endoftext|>`` (id 0, begins and ends a text) and ``<|pad|>`` (id 1). Padding has its own
+        token, so that the end of a text is never masked together with it and stays learnable.
+        For other tasks they are ``<s>``, ``<|pad|>``, ``</s>`` and ``<mask>`` (ids 0 to 3), and are
+        put around texts and pairs: the tokenizer of an encoder-decoder ends a text with ``</s>``,
+        that of an encoder begins it with ``<s>`` too.
     model_max_length: positions of the model, stored with the tokenizer
+    task: the key of a task
     raises: InputError if the corpus is empty or has too few frequent pairs for so many tokens
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    causal = task == "causal-lm"
+    special = [END_OF_TEXT, PAD] if causal else [BEGIN, PAD, END, MASK]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
         raise InputError(
-            f"vocab_size={vocab_size} cannot hold the 256 bytes and 2 special tokens: "
-            f"give at least {SMALLEST_VOCABULARY}"
+            f"vocab_size={vocab_size} cannot hold the 256 bytes and {len(special)} special tokens: "
+            f"give at least {smallest}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +62,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,  # a pair seen once is not worth a token
-        special_tokens=[END_OF_TEXT, PAD],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -62,13 +73,18 @@ def train_tokenizer(
             f"{tokenizer.get_vocab_size()}: give more text or set vocab_size to that"
         )
     limit = {} if model_max_length is None else {"model_max_length": model_max_length}
+    begin, end = (END_OF_TEXT, END_OF_TEXT) if causal else (BEGIN, END)
+    marks = {"bos_token": begin, "eos_token": end, "pad_token": PAD}
+    if not causal:
+        marks |= {"cls_token": BEGIN, "sep_token": END, "mask_token": MASK}
+        start = "" if task == "seq2seq-lm" else f"{BEGIN} "
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start}$A {END}",
+            pair=f"{start}$A {END} $B {END}",
+            special_tokens=[(BEGIN, special.index(BEGIN)), (END, special.index(END))],
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        **limit,
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **marks, **limit
     )
 
 
@@ -87,14 +103,16 @@ def model_from_config(
     *,
     seed: int,
     max_length: int | None = None,
+    task: str = "causal-lm",
 ) -> PreTrainedModel:
-    """A causal language model with random weights, its vocabulary that of the tokenizer.
+    """A model with random weights, its vocabulary that of the tokenizer.
 
-    config: ``model_type`` (any that transformers has a causal language model for) and that model's
+    config: ``model_type`` (any that transformers has a model of the task for) and that model's
         own settings, under its own names or the common ones (``n_layer``, ``num_hidden_layers``).
         The vocabulary's size and the ids of special tokens come from the tokenizer.
     seed: the same seed gives the same weights; the global random state is not touched
     max_length: the longest row that the model must take, in positions
+    task: its key
     raises: InputError for an unknown model type or setting (naming the nearest), for a value that
         the model refuses, and for fewer positions than ``max_length``
     """
@@ -102,7 +120,7 @@ def model_from_config(
     if "model_type" not in settings:
         raise InputError("the config has no model_type: give one, such as gpt2 or llama")
     model_type = str(settings.pop("model_type"))
-    built = _checked_config(model_type, settings | _of_tokenizer(settings, tokenizer))
+    built = _checked_config(model_type, settings | _of_tokenizer(settings, tokenizer, task), task)
     positions = max_positions(built)
     if max_length is not None and positions is not None and positions < max_length:
         raise InputError(
@@ -113,7 +131,7 @@ def model_from_config(
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(built)
+            model: PreTrainedModel = HEADS[task][0].from_config(built)
             if not is_deepspeed_zero3_enabled():  # the weights are partitioned by now
                 _predict_something(model)
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
@@ -132,11 +150,13 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 @torch.no_grad()
 def _predict_something(model: PreTrainedModel) -> None:
     """Some values (key-value heads that do not divide the heads) fail only when a model runs."""
-    model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=torch.ones(1, 2))
+    ids = torch.full((1, 2), model.config.get_text_config().eos_token_id or 0)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder)
 
 
 def _of_tokenizer(
-    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: str
 ) -> dict[str, int | None]:
     """The settings that the tokenizer decides."""
     decided = {
@@ -145,6 +165,8 @@ def _of_tokenizer(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if task == "seq2seq-lm":
+        decided["decoder_start_token_id"] = tokenizer.pad_token_id  # as in T5 and Marian
     for name, value in decided.items():
         if settings.get(name, value) != value:
             raise InputError(
@@ -154,12 +176,16 @@ def _of_tokenizer(
     return decided
 
 
-def _checked_config(model_type: str, settings: dict[str, Any]) -> PreTrainedConfig:
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
+def _checked_config(model_type: str, settings: dict[str, Any], task: str) -> PreTrainedConfig:
+    known_types = model_types(task)
+    if model_type not in known_types:
+        what, such = {
+            "causal-lm": ("no causal language model", "gpt2 or llama"),
+            "seq2seq-lm": ("no encoder-decoder", "t5 or bart"),
+        }.get(task, (f"no model for {task}", "bert or roberta"))
         raise InputError(
-            f"model_type={model_type!r} is no causal language model that transformers knows: give "
-            f"one, such as gpt2 or llama (the nearest is "
-            f"{_nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)!r})"
+            f"model_type={model_type!r} is {what} that transformers knows: give one, such as "
+            f"{such} (the nearest is {_nearest(model_type, known_types)!r})"
         )
     config_class = CONFIG_MAPPING[model_type]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,26 +22,27 @@ def _names(*mappings: Any) -> frozenset[str]:
     return frozenset(n for names in found for n in ([names] if isinstance(names, str) else names))
 
 
-# By the key of a task. Some classes serve two tasks: the first counts.
-HEADS: dict[str, tuple[Any, frozenset[str]]] = {
-    "causal-lm": (AutoModelForCausalLM, _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)),
-    "seq2seq-lm": (
-        AutoModelForSeq2SeqLM,
-        _names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    ),
-    "masked-lm": (AutoModelForMaskedLM, _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)),
+# By the key of a task: the auto class, and the names of its model classes by `model_type`.
+_LOADERS: dict[str, tuple[Any, Any]] = {
+    "causal-lm": (AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq-lm": (AutoModelForSeq2SeqLM, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": (AutoModelForMaskedLM, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "sequence-classification": (
         AutoModelForSequenceClassification,
-        _names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
     "token-classification": (
         AutoModelForTokenClassification,
-        _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
     "question-answering": (
         AutoModelForQuestionAnswering,
-        _names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
+}
+# Some classes serve two tasks: the first counts.
+HEADS: dict[str, tuple[Any, frozenset[str]]] = {
+    key: (loads, _names(mapping)) for key, (loads, mapping) in _LOADERS.items()
 }
 OTHER_HEADS = _names(
     auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
@@ -51,6 +53,11 @@ WHERE = (
     "revision", "code_revision", "subfolder", "cache_dir", "token", "trust_remote_code",
     "local_files_only", "force_download",
 )  # fmt: skip
+
+
+def model_types(task: str) -> set[str]:
+    """The `model_type` of each config that transformers has a model of the task for."""
+    return {kind for kind in _LOADERS[task][1] if kind in CONFIG_MAPPING}
 
 
 def has_head(model: Any, task: str) -> bool:

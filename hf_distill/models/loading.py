@@ -16,16 +16,22 @@ from hf_distill.models.heads import loader
 
 
 def load_model(
-    name: str | Path, role: str, task: str | None = None, **kwargs: Any
+    name: str | Path,
+    role: str,
+    task: str | None = None,
+    *,
+    new_head: bool | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A model with a head from a Hub id or a local folder.
 
     role: "teacher", "student", ..., for the error message
     task: the key of a task, by default that of the class it was saved from; for none of them
         causal language modelling
+    new_head: whether it may be given a new head for classes or answers, which it will learn; by
+        default only a student may
     kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...)
-    raises: InputError if it cannot be reached, or has no head of its own. A student may be given a
-        new head for classes or answers, which it will learn
+    raises: InputError if it cannot be reached, or has no head of its own
     """
     try:
         kind = loader(str(name), task, **kwargs)
@@ -36,7 +42,8 @@ def load_model(
     missing, head = set(report["missing_keys"]), model.get_output_embeddings()
     if head is None:
         new = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
-        if role != "student" and new:
+        may = role == "student" if new_head is None else new_head
+        if new and not may:
             raise InputError(
                 f"{role} {str(name)!r} was saved without the head of a {type(model).__name__} "
                 f"({sorted(new)[0]} is missing), so that its predictions would be random: give a "

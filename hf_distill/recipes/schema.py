@@ -17,7 +17,39 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from transformers import TrainingArguments
 
 from hf_distill.data import DataConfig
+from hf_distill.data.prepare_tasks import FORMATS
 from hf_distill.training.arguments import DistillationArguments
+
+# The tasks that use a key of `data`, of the keys that not all tasks use.
+_WINDOWS = ("question-answering",)
+_TEXTS = ("seq2seq-lm",)
+_CAUSAL = ("causal-lm",)
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "columns": (
+        "seq2seq-lm",
+        "question-answering",
+        "sequence-classification",
+        "token-classification",
+    ),
+    "max_target_length": _TEXTS,
+    "prefix": _TEXTS,
+    "source_lang": _TEXTS,
+    "target_lang": _TEXTS,
+    "stride": _WINDOWS,
+    "mask_probability": ("masked-lm",),
+    "text_column": ("causal-lm", "masked-lm"),
+    "prompt_column": _CAUSAL,
+    "completion_column": _CAUSAL,
+    "messages_column": _CAUSAL,
+    "separator": _CAUSAL,
+    "packing": _CAUSAL,
+    "packing_attention": _CAUSAL,
+}
+OTHER_FORMATS = ("source_target", "questions", "labelled", "tagged")
+NOT_RECORDED = {
+    "masked-lm": "other tokens are masked in each epoch",
+    "question-answering": "its outcomes are the positions of a row",
+}
 
 
 class Section(BaseModel):
@@ -146,7 +178,7 @@ def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> t
 
 
 PretrainSection = _train_section(
-    "PretrainSection", "How the teacher is trained from scratch.", TrainingArguments
+    "PretrainSection", "How the teacher is trained.", TrainingArguments
 )
 TrainSection = _train_section(
     "TrainSection", "How baseline and student are trained.", DistillationArguments
@@ -170,7 +202,7 @@ class TeacherSection(Section):
     """The teacher. A string stands for `model`."""
 
     model: str | None = None
-    """Hub id or folder of a causal language model."""
+    """Hub id or folder of a model of the task; with `train` it may have no head for it yet."""
     model_kwargs: dict[str, Any] = {}
     """Passed to `from_pretrained`: dtype, revision, attn_implementation, ..."""
     placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
@@ -178,13 +210,17 @@ class TeacherSection(Section):
     config: dict[str, Any] | None = None
     """Train a teacher from scratch instead: `model_type` and that model's settings."""
     train: PretrainSection | None = None  # type: ignore[valid-type]
-    """Its training from scratch: fields of `transformers.TrainingArguments`."""
+    """Its training on the same rows, from scratch or from `model`: fields of
+    `transformers.TrainingArguments`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSection:
-        if self.model is not None and self.train is not None:
-            raise ValueError("has 'train', which is for a teacher from 'config', not from 'model'")
         return _one_of(self, "model", "config")
+
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether the run trains it, from scratch or from `model`."""
+        return self.config is not None or self.train is not None
 
 
 class LoraSection(Section):
@@ -229,13 +265,14 @@ class StudentSection(Section):
     """The student before training. A string stands for `model`."""
 
     model: str | None = None
-    """Hub id or folder of a causal language model."""
+    """Hub id or folder of a model; one without a head for the task gets a new one."""
     model_kwargs: dict[str, Any] = {}
     """Passed to `from_pretrained`; the weights are float32 unless `dtype` says otherwise."""
     config: dict[str, Any] | None = None
     """Random weights instead: `model_type` and that model's settings."""
-    layers: str | list[int] | None = None
-    """Layers of the teacher instead: every_other, first_and_last, or a list of indices."""
+    layers: str | list[int] | dict[str, str | list[int]] | None = None
+    """Layers of the teacher instead: every_other, first_and_last, or a list of indices; for an
+    encoder-decoder also {encoder: ..., decoder: ...}."""
     num_layers: int | None = Field(default=None, ge=1)
     """Number of layers that `first_and_last` takes."""
     lora: LoraSection | None = None
@@ -256,13 +293,15 @@ class EvaluateSection(Section):
     batch_size: int = Field(default=8, ge=1)
     """Rows at a time on each device; the figures do not depend on it."""
     speed: bool = True
-    """Also measure tokens per second and peak memory."""
+    """Also measure speed, and for causal language models peak memory."""
     prompts: int = Field(default=4, ge=0)
-    """Held-out rows that every model continues for the report."""
+    """Held-out rows for which the report shows what every model predicts."""
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of a prompt, where rows have no prompt of their own."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Tokens of a continuation."""
+    num_beams: int = Field(default=1, ge=1)
+    """Beams with which an encoder-decoder writes."""
 
 
 class PublishSection(Section):
@@ -283,6 +322,15 @@ class Recipe(Section):
     """Decides held-out rows, initial weights, order of the rows and dropout."""
     output_dir: str = "runs"
     """Where run folders are made."""
+    task: Literal[
+        "causal-lm",
+        "seq2seq-lm",
+        "masked-lm",
+        "sequence-classification",
+        "token-classification",
+        "question-answering",
+    ] = "causal-lm"
+    """What the models predict; see docs/recipes.md."""
     data: DataConfig
     """The rows and their preparation; the keys are in docs/data.md."""
     tokenizer: TokenizerSection = TokenizerSection()
@@ -316,6 +364,34 @@ class Recipe(Section):
         }
 
     @model_validator(mode="after")
+    def _data_fit_the_task(self) -> Recipe:
+        wanted = FORMATS.get(self.task)
+        given = self.data.format
+        if given != "auto" and (given in OTHER_FORMATS or wanted) and given != wanted:
+            formats = wanted or "text, prompt_completion or chat"
+            raise ValueError(
+                f"has the task {self.task} and data.format {given}, but that task takes {formats}: "
+                "leave data.format out"
+            )
+        for name, tasks in DATA_KEYS.items():
+            default = type(self.data).model_fields[name].get_default(call_default_factory=True)
+            if self.task not in tasks and getattr(self.data, name) != default:
+                raise ValueError(
+                    f"sets data.{name}, which the task {self.task} does not use (but "
+                    f"{', '.join(tasks)}): leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _recordings_fit_the_task(self) -> Recipe:
+        if self.record is not None and self.task in NOT_RECORDED:
+            raise ValueError(
+                f"has 'record' for the task {self.task}, whose teacher cannot be recorded, since "
+                f"{NOT_RECORDED[self.task]}: leave 'record' out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _draws_estimate_the_forward_kl(self) -> Recipe:
         divergence = arguments(self.train)["divergence"]
         if self.record and self.record.kind == "sampled" and divergence != "forward_kl":
@@ -344,7 +420,7 @@ class Recipe(Section):
         """All settings with the defaults of a recipe, without those of Trainer."""
         dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
         dump["train"] = arguments(self.train)
-        if self.teacher.config is not None:
+        if self.teacher.is_trained_here:
             dump["teacher"]["train"] = arguments(self.teacher.train or PretrainSection())
         return {key: dump[key] for key in type(self).model_fields}
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hf_distill.reporting import plots
 from hf_distill.reporting.files import write_page
-from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of
+from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, main_figures
 from hf_distill.reporting.report import divergence_label, divergences
 from hf_distill.reporting.runs import Group, find_runs, group_runs, shown
 
@@ -20,8 +20,8 @@ PAGE = "compare.html"
 ROLES = ("student", "baseline", "teacher")
 # With more keys than this, the table of settings has a column for each group instead of each key.
 MOST_COLUMNS = 6
-# The figures of the terminal's table, under shorter names.
-IN_TERMINAL = {"perplexity": "Perplexity", "kl_to_teacher": "KL", "top1_agreement": "Agreement"}
+# Shorter names of figures in the terminal's table.
+SHORT = {"kl_to_teacher": "KL", "top1_agreement": "Agreement", "f1": "F1"}
 # Settings on which the scale of the logged divergence, and of the loss, depends.
 SCALES = ("alpha", "temperature", "divergence", "beta", "skew")
 
@@ -60,17 +60,29 @@ def terminal_table(groups: Sequence[Group]) -> Table:
     """A row for each group, and for the baselines and teachers; the three main figures."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("")
-    for name in ("runs", *IN_TERMINAL.values()):
+    shown_figures = _in_terminal(groups)
+    names = [SHORT.get(figure.key, figure.label) for figure in shown_figures]
+    for name in ("runs", *names):
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(result_rows(groups))
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         letters = " ".join(group.letter for group in row.groups)
         of = f" of {letters}" if len(row.groups) < len(groups) else ""
         name = f"{letters}  {row.groups[0].label}" if row.role == "student" else f"{row.role}{of}"
-        cells = [row.text(BY_KEY[key]) for key in IN_TERMINAL]
+        cells = [row.text(figure) for figure in shown_figures]
         last = following is not None and following.role != row.role
         table.add_row(name, str(len(row.groups[0].runs)), *cells, end_section=last)
     return table
+
+
+def _in_terminal(groups: Sequence[Group]) -> list[Figure]:
+    """The main figures of the students, and their agreement with the teacher if it is measured."""
+    figures = [run.models.get("student", {}) for group in groups for run in group.runs]
+    every = {key: value for model in figures for key, value in model.items()}
+    found = main_figures(every)
+    if "top1_agreement" in every:
+        found.append(BY_KEY["top1_agreement"])
+    return found
 
 
 def result_rows(groups: Sequence[Group]) -> Iterator[Row]:

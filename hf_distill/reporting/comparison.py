@@ -12,8 +12,23 @@ from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured
 
 Results = Mapping[str, Mapping[str, float]]
 
-RETAINED = ("perplexity", "bits_per_byte", "top1_agreement")
-"""Not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
+RETAINED = (
+    "accuracy",
+    "f1_macro",
+    "f1_micro",
+    "exact_match",
+    "f1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "chrf",
+    "perplexity",
+    "bits_per_byte",
+    "top1_agreement",
+)
+"""Not correlations, whose zero is no zero of quality, and squared errors, which depend on a unit;
+not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
 
 
 def compare(results: Results) -> dict[str, dict[str, float]]:
@@ -36,7 +51,7 @@ def compare(results: Results) -> dict[str, dict[str, float]]:
     teacher, student = {**results["teacher"], "kl_to_teacher": 0.0}, results["student"]
     baseline = results.get("baseline", {})
     retention, gap_closed = {}, {}
-    for metric in (*RETAINED, "kl_to_teacher"):
+    for metric in (*RETAINED, "pearson", "spearman", "mse", "kl_to_teacher"):
         whole, part, start = (measured(model, metric) for model in (teacher, student, baseline))
         if whole is None or part is None:
             continue

@@ -61,6 +61,22 @@ class Figure:
 
 
 FIGURES = (
+    Figure("accuracy", "Accuracy", "", "higher", True, percent=True),
+    Figure("f1_macro", "Mean F1 of the classes", "", "higher", True, percent=True),
+    Figure("f1_micro", "F1 over all labels", "", "higher", True, percent=True),
+    Figure("exact_match", "Exact match", "of 100", "higher", True),
+    Figure("f1", "F1 of the answers", "of 100", "higher", True),
+    Figure("has_answer_exact_match", "Exact match, answerable", "of 100", "higher", True),
+    Figure("has_answer_f1", "F1, answerable", "of 100", "higher", True),
+    Figure("no_answer_accuracy", "Accuracy, unanswerable", "of 100", "higher", True),
+    Figure("rouge1", "ROUGE-1", "", "higher", True),
+    Figure("rouge2", "ROUGE-2", "", "higher", True),
+    Figure("rougeL", "ROUGE-L", "", "higher", True),
+    Figure("bleu", "BLEU", "of 100", "higher", True),
+    Figure("chrf", "chrF", "of 100", "higher", True),
+    Figure("pearson", "Pearson correlation", "", "higher", True),
+    Figure("spearman", "Spearman correlation", "", "higher", True),
+    Figure("mse", "Mean squared error", "", "lower", True),
     Figure("perplexity", "Perplexity", better="lower", judged=True),
     Figure("bits_per_byte", "Bits per byte", better="lower", judged=True),
     Figure("ce", "Cross-entropy", "nats per target", better="lower", judged=True),
@@ -71,11 +87,28 @@ FIGURES = (
     Figure("size_mb", "Size on disk", "MB", better="lower"),
     Figure("prefill_tokens_per_s", "Prefill speed", "tokens/s", better="higher"),
     Figure("decode_tokens_per_s", "Decode speed", "tokens/s", better="higher"),
+    Figure("rows_per_s", "Prediction speed", "rows/s", better="higher"),
     Figure("peak_memory_mb", "Peak memory", "MB", better="lower"),
     Figure("train_seconds", "Training time", "s", better="lower"),
     Figure("targets", "Targets evaluated"),
 )
 BY_KEY = {figure.key: figure for figure in FIGURES}
+# The figures that say most of a model, each before those that say less beside it.
+MAIN = (
+    "f1",
+    "exact_match",
+    "rougeL",
+    "bleu",
+    "accuracy",
+    "pearson",
+    "perplexity",
+    "kl_to_teacher",
+)
+
+
+def main_figures(model: Mapping[str, Any], most: int = 2) -> list[Figure]:
+    """The figures to show first of a model: those of its task that were measured."""
+    return [BY_KEY[key] for key in MAIN if measured(model, key) is not None][:most]
 
 
 def figures_of(models: Mapping[str, Mapping[str, Any]]) -> list[Figure]:

@@ -13,11 +13,40 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hf_distill.models.heads import HEADS
 from hf_distill.reporting.formatting import BY_KEY, ROLES, figures_of, measured
 
 TAGS = ("distillation", "hf-distill")
 DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".xz", ".zst")
-PUBLISHED_RESULTS = ("perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement")
+PUBLISHED_RESULTS = (
+    "accuracy",
+    "f1_macro",
+    "exact_match",
+    "f1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "chrf",
+    "pearson",
+    "perplexity",
+    "bits_per_byte",
+    "kl_to_teacher",
+    "top1_agreement",
+)
+# By the key of a task: its name on the Hub, and peft's class for adapters (None: the model's own).
+ON_THE_HUB: dict[str, tuple[str, str | None]] = {
+    "causal-lm": ("text-generation", "AutoPeftModelForCausalLM"),
+    "seq2seq-lm": ("text2text-generation", "AutoPeftModelForSeq2SeqLM"),
+    "masked-lm": ("fill-mask", None),
+    "sequence-classification": (
+        "text-classification",
+        "AutoPeftModelForSequenceClassification",
+    ),
+    "token-classification": ("token-classification", "AutoPeftModelForTokenClassification"),
+    "question-answering": ("question-answering", "AutoPeftModelForQuestionAnswering"),
+}
+LONGEST_EXAMPLE = 200  # characters
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -33,6 +62,8 @@ class CardFacts:
     training: steps, learning rate, seed and the like, by name
     repo_id: where it will be published, for the snippet that loads it
     adapter: True where only a PEFT adapter is saved
+    task: its key
+    examples: held-out rows with `prompt`, `reference` and the prediction of each model
     Of a local path only the last name is written.
     """
 
@@ -49,6 +80,8 @@ class CardFacts:
     license: str | None = None
     repo_id: str | None = None
     adapter: bool = False
+    task: str = "causal-lm"
+    examples: Sequence[Mapping[str, str]] = ()
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
@@ -70,7 +103,9 @@ def render_card(facts: CardFacts) -> str:
         metadata=_metadata(facts, name, models).to_yaml().strip(),
         name=name,
         model_id=facts.repo_id or name,
-        adapter=facts.adapter,
+        task=facts.task,
+        **_classes(facts),
+        examples=[{key: _shortened(text) for key, text in row.items()} for row in facts.examples],
         teacher=_mention(facts.teacher),
         initial_from=_mention(facts.initial_from),
         datasets=[_mention(dataset) for dataset in datasets],
@@ -82,6 +117,19 @@ def render_card(facts: CardFacts) -> str:
         measured=measured,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _classes(facts: CardFacts) -> dict[str, str]:
+    """The class that loads the model, and the package that has it."""
+    of_peft = ON_THE_HUB[facts.task][1]
+    if facts.adapter and of_peft is not None:
+        return {"package": "peft", "loader": of_peft}
+    return {"package": "transformers", "loader": HEADS[facts.task][0].__name__}
+
+
+def _shortened(text: str) -> str:
+    text = _one_line(text)
+    return text if len(text) <= LONGEST_EXAMPLE else f"{text[: LONGEST_EXAMPLE - 1]}…"
 
 
 def with_model_id(card: str, model_id: str) -> str:
@@ -176,7 +224,7 @@ def _metadata(facts: CardFacts, name: str, models: Metrics) -> ModelCardData:
         language=_as_list(facts.language) or None,
         library_name="peft" if facts.adapter else "transformers",
         license=facts.license,
-        pipeline_tag="text-generation",
+        pipeline_tag=ON_THE_HUB[facts.task][0],
         tags=[*TAGS, *facts.tags],
     )
 
@@ -189,7 +237,7 @@ def _eval_results(facts: CardFacts, models: Metrics) -> list[EvalResult]:
     names = [_one_line(public_name(dataset)) for dataset in datasets]
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=ON_THE_HUB[facts.task][0],
             dataset_type=names[0],
             dataset_name=f"held-out rows of {', '.join(names)}",
             metric_type=key,

@@ -15,6 +15,7 @@ from hf_distill.reporting.formatting import (
     Figure,
     compact,
     figures_of,
+    main_figures,
     measured,
 )
 
@@ -70,6 +71,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "curves": _curves(run_dir, models),
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
+        "examples": metrics.get("examples") or [],
         "preparation": read_preparation(run_dir / "data" / "preparation.json"),
         "recipe": recipe_text,
         "versions": flattened(metrics.get("versions") or {}),
@@ -92,7 +94,7 @@ def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str
     )
     gains = [
         (BY_KEY[key], ours, theirs)
-        for key in ("perplexity", "kl_to_teacher")
+        for key in (figure.key for figure in main_figures(models["student"]))
         if (ours := measured(models["student"], key)) is not None
         and (theirs := measured(models.get("baseline"), key)) is not None
     ]
@@ -106,9 +108,20 @@ def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str
 
 
 def _gain(figure: Figure, ours: float, theirs: float) -> str:
-    what = figure.label if figure.label.startswith("KL") else figure.label.lower()
-    change = f"{change} than" if (change := change_in_words(ours, theirs)) else "the same as"
+    named = figure.label.startswith("KL") or figure.label.isupper() or "-" in figure.label
+    what = figure.label if named else figure.label[0].lower() + figure.label[1:]
+    change = f"{change} than" if (change := change_of(figure, ours, theirs)) else "the same as"
     return f"{what} to {figure.text(ours)}, {change} the baseline’s {figure.text(theirs)}"
+
+
+def change_of(figure: Figure, ours: float, theirs: float) -> str:
+    """A change in words; of percentages in points."""
+    if not figure.percent:
+        return change_in_words(ours, theirs)
+    points = 100 * (ours - theirs)
+    if abs(points) < 0.05:
+        return ""
+    return f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
 
 
 def change_in_words(ours: float, theirs: float) -> str:
@@ -125,7 +138,10 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
     teacher, student = (_section(recipe, role) for role in ("teacher", "student"))
     teacher_name = _model_name(teacher, "teacher")
     layers = student.get("layers")
-    if isinstance(layers, list):
+    if isinstance(layers, dict):
+        stacks = " and ".join(f"the {name}’s {_layers(kept)}" for name, kept in layers.items())
+        student_name = f"a student with {stacks}"
+    elif isinstance(layers, list):
         student_name = f"a student made of its layers {', '.join(map(str, layers))}"
     elif layers is not None:
         student_name = f"a student made of {LAYERS.get(layers, f'its layers, {layers}')}"
@@ -134,10 +150,17 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
     return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
 
 
+COSTS = ("parameters", "decode_tokens_per_s", "rows_per_s")
 LAYERS = {
     "every_other": "every other one of its layers",
     "first_and_last": "its first and last layers",
 }
+
+
+def _layers(kept: Any) -> str:
+    if isinstance(kept, list):
+        return f"layers {', '.join(map(str, kept))}"
+    return LAYERS.get(kept, f"layers, {kept}").removeprefix("its ").replace("of its ", "")
 
 
 def _section(recipe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
@@ -199,13 +222,9 @@ def _share(comparison: Mapping[str, Any], name: str, key: str) -> str:
 
 
 def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """The four main figures, each beside that of baseline or teacher."""
-    for key, rival in (
-        ("perplexity", "baseline"),
-        ("kl_to_teacher", "baseline"),
-        ("parameters", "teacher"),
-        ("decode_tokens_per_s", "teacher"),
-    ):
+    """The main figures, each beside that of baseline or teacher."""
+    tiles = [(figure.key, "baseline") for figure in main_figures(models["student"])]
+    for key, rival in (*tiles, *((cost, "teacher") for cost in COSTS)):
         figure = BY_KEY[key]
         ours, theirs = measured(models["student"], key), measured(models.get(rival), key)
         if ours is None:
@@ -216,7 +235,7 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
             share = f"{ratio:.1f}×" if ratio >= 1.05 else f"{100 * ratio:.0f}% of"
             note = f"{share} the teacher’s {figure.text(theirs)}"
         elif theirs:
-            change = change_in_words(ours, theirs)
+            change = change_of(figure, ours, theirs)
             note = f"{change} than" if change else "the same as"
             note = f"{note} the baseline’s {figure.text(theirs)}"
             kind = ("good" if figure.prefers(ours, theirs) else "bad") if change else ""
@@ -286,6 +305,6 @@ def divergence_label(name: str) -> str:
 
 def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     final = {role: model for role, model in models.items() if role != "initial"}
-    costs = ("parameters", "decode_tokens_per_s")
-    drawn = (plots.scatter(final, cost, "perplexity") for cost in costs)
+    quality = [figure.key for figure in main_figures(models["student"], 1)]
+    drawn = (plots.scatter(final, cost, key) for key in quality for cost in COSTS)
     return [svg for svg in drawn if svg]

@@ -75,4 +75,5 @@ def card_facts(
         license=license,
         repo_id=trainer.hub_model_id,
         adapter=hasattr(trainer.model, "peft_config"),
+        task=trainer._loss.task.key,
     )

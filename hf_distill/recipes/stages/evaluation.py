@@ -30,6 +30,7 @@ from hf_distill.recipes.stages.models import (
     trained,
 )
 from hf_distill.recipes.stages.stage import Run, read_json
+from hf_distill.recipes.stages.task_evaluation import TaskMeasure
 from hf_distill.reporting.comparison import compare, results_table
 from hf_distill.reporting.model_card import CardFacts, write_card
 from hf_distill.reporting.report import names, write_report
@@ -40,17 +41,24 @@ PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "pe
 
 def measure(run: Run, result: Path) -> None:
     """`metrics.json`: every model of the run beside the teacher, on the held-out rows."""
+    name, kwargs = teacher_source(run)
+    teacher = as_teacher(
+        name,
+        teacher_tokenizer_of(run),
+        task=run.recipe.task,
+        placement=run.recipe.teacher.placement,
+        **kwargs,
+    )
+    assert isinstance(teacher, LiveTeacher)  # there is a name
+    if run.recipe.task != "causal-lm":
+        _measure_task(run, teacher, result)
+        return
     section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
     most = min(
         section.prompt_tokens, run.recipe.data.max_length // 2
     )  # leaves positions for the continuation
     prompts = [_prompt(rows[i], most) for i in _spread(rows, section.prompts)]
     accelerator = plain_accelerator()
-    name, kwargs = teacher_source(run)
-    teacher = as_teacher(
-        name, teacher_tokenizer_of(run), placement=run.recipe.teacher.placement, **kwargs
-    )
-    assert isinstance(teacher, LiveTeacher)  # there is a name
     figures: dict[str, dict[str, float]] = {}
     shown: list[dict[str, str]] = [{} for _ in prompts]
     for role, model in _models(run, teacher):
@@ -69,9 +77,7 @@ def measure(run: Run, result: Path) -> None:
             accelerator=accelerator,
             speed=section.speed,
         )
-        if role in ("baseline", "student"):
-            training = read_json(run.folder / role / "training_results.json")
-            figures[role]["train_seconds"] = training["train_seconds"]
+        figures[role] |= _training_time(run, role)
         shards = role == "teacher" and teacher.together  # run by all processes together
         if role != "initial" and (run.state.is_main_process or shards):
             texts = continuations(
@@ -80,10 +86,35 @@ def measure(run: Run, result: Path) -> None:
             shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
         run.state.wait_for_everyone()
     if run.state.is_main_process:
-        comparison = compare(figures)
-        run.show(results_table(figures, comparison))
-        facts = {"comparison": comparison, "continuations": shown, **_circumstances(run)}
-        result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
+        _write(run, result, figures, {"continuations": shown})
+
+
+def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
+    """The same for other tasks than causal language modelling."""
+    measure = TaskMeasure(run, teacher, plain_accelerator())
+    figures: dict[str, dict[str, float]] = {}
+    for role, model in _models(run, teacher):
+        run.log(f"  {role}")
+        figures[role] = measure(role, model) | _training_time(run, role)
+    if run.state.is_main_process:
+        examples = measure.examples(run.recipe.evaluate.prompts)
+        _write(run, result, figures, {"task": run.recipe.task, "examples": examples})
+
+
+def _training_time(run: Run, role: str) -> dict[str, float]:
+    if role not in ("baseline", "student"):
+        return {}
+    training = read_json(run.folder / role / "training_results.json")
+    return {"train_seconds": training["train_seconds"]}
+
+
+def _write(
+    run: Run, result: Path, figures: dict[str, dict[str, float]], shown: dict[str, Any]
+) -> None:
+    comparison = compare(figures)
+    run.show(results_table(figures, comparison))
+    facts = {"comparison": comparison, **shown, **_circumstances(run)}
+    result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
 
 
 def write_report_and_card(run: Run, result: Path) -> None:
@@ -158,6 +189,8 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         versions=metrics["versions"],
         repo_id=recipe.publish.repo_id,
         adapter=lora,
+        task=recipe.task,
+        examples=metrics.get("examples") or (),
     )
 
 

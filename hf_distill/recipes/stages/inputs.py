@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     PreTrainedTokenizerBase,
@@ -20,6 +19,7 @@ from hf_distill.data import DataConfig, check_max_length
 from hf_distill.data.sources import find_files, hub_id
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import max_positions, model_from_config
+from hf_distill.models.heads import model_types
 from hf_distill.models.loading import load_tokenizer
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recipes import (
@@ -94,7 +94,7 @@ def bf16_is_fast(*, cpu: bool) -> bool:
 def check_arguments(recipe: Recipe) -> None:
     """InputError for a value in a train section, before anything is read or written."""
     sections = {"train": arguments(recipe.train)}
-    if recipe.teacher.config is not None:
+    if recipe.teacher.is_trained_here:
         pretraining = arguments(recipe.teacher.train or PretrainSection())
         sections["teacher.train"] = {**pretraining, "alpha": 0.0}
     for name, options in sections.items():
@@ -131,7 +131,7 @@ def check_sources(recipe: Recipe) -> None:
     for role in ("teacher", "student"):
         section = getattr(recipe, role)
         if section.model is not None:
-            _check_model(role, section.model, revision_of(section), recipe.data.max_length)
+            _check_model(recipe, role, section.model, revision_of(section))
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
     for places in (recipe.data.train, recipe.data.eval):
@@ -148,10 +148,16 @@ def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         shared_vocabulary(len(tokenizer), len(theirs), tokenizer, theirs)
     for section in (recipe.teacher, recipe.student):
         if section.config is not None:
-            model_from_config(section.config, tokenizer, seed=0, max_length=recipe.data.max_length)
+            model_from_config(
+                section.config,
+                tokenizer,
+                seed=0,
+                max_length=recipe.data.max_length,
+                task=recipe.task,
+            )
 
 
-def _check_model(role: str, name: str, revision: str | None, max_length: int) -> None:
+def _check_model(recipe: Recipe, role: str, name: str, revision: str | None) -> None:
     if not _is_local(name):
         _check_reachable("model", role, name, revision)
     try:
@@ -161,11 +167,17 @@ def _check_model(role: str, name: str, revision: str | None, max_length: int) ->
             f"{role} {name!r} cannot be loaded ({_first_line(error)}): "
             "give a local folder, or check the id and the connection to the Hub"
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.model_type not in model_types(recipe.task):
+        causal = recipe.task == "causal-lm"
+        head = "language-model head that predicts the next token" if causal else "head for it"
+        kind = "causal language model" if causal else f"model for {recipe.task}"
+        task = "" if causal else f"the task is {recipe.task}, but "
         raise InputError(
-            f"{role} {name!r} is a {config.model_type}, which has no language-model head that "
-            "predicts the next token: give a causal language model"
+            f"{task}{role} {name!r} is a {config.model_type}, which has no {head}: give a {kind}"
         )
+    check_max_length(recipe.data.max_length, max_positions(config), f"the {role} {name!r}")
+    if recipe.task != "causal-lm":
+        return
     backbone = getattr(MODEL_MAPPING[type(config)], "__name__", None)
     tied = config.get_text_config().tie_word_embeddings
     if not tied and config.architectures and set(config.architectures) == {backbone}:
@@ -173,7 +185,6 @@ def _check_model(role: str, name: str, revision: str | None, max_length: int) ->
             f"{role} {name!r} was saved as a {backbone}, without a language-model head: "
             "give a checkpoint of a causal language model"
         )
-    check_max_length(max_length, max_positions(config), f"the {role} {name!r}")
 
 
 def _check_reachable(kind: str, role: str, name: str, revision: str | None = None) -> None:

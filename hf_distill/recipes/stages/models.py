@@ -9,15 +9,24 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_distill.data import check_max_length
+from hf_distill.data import Labels, check_max_length, label_names
 from hf_distill.models.engines import made_whole
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_from_teacher
 from hf_distill.models.loading import load_model, load_tokenizer
 from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.inputs import revision_of
-from hf_distill.recipes.stages.stage import Run
+from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recordings.recorder import load_recording
+
+LABELS = "labels.json"
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+}  # peft has none for masked language modelling
 
 
 def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
@@ -28,7 +37,7 @@ def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
     """The teacher's own, to be compared with the student's."""
     section = run.recipe.teacher
-    if section.model is None:
+    if section.model is None or section.is_trained_here:
         return tokenizer_of(run)
     return load_tokenizer(section.model, "teacher", revision=revision_of(section))
 
@@ -36,6 +45,28 @@ def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 def rows_of(run: Run, split: str) -> Dataset:
     """The tokenized rows of "train" or "eval"."""
     return load_from_disk(str(run.folder / "data" / split))
+
+
+def text_of(run: Run, split: str) -> Dataset:
+    """The rows of "train" or "eval" as text, of tasks other than causal language modelling."""
+    return load_from_disk(str(run.folder / "data" / "text" / split))
+
+
+def labels_of(run: Run) -> Labels | None:
+    """What the labels of the rows are; None where the task has no classes."""
+    found = read_json(run.folder / "data" / LABELS)
+    return found and Labels(found["kind"], tuple(found["names"]))
+
+
+def head_settings(run: Run) -> dict[str, Any]:
+    """What the config of a model of this run says of its classes."""
+    labels = labels_of(run)
+    if labels is None:
+        return {}
+    settings = label_names(labels)
+    if run.recipe.task == "token-classification":  # whose config names no problem
+        del settings["problem_type"]
+    return settings
 
 
 def rows_to_train(run: Run, split: str) -> Dataset:
@@ -48,7 +79,7 @@ def rows_to_train(run: Run, split: str) -> Dataset:
 def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
     """Path and keywords of the recipe's teacher, or of the one that this run has trained."""
     section = run.recipe.teacher
-    if section.model is None:
+    if section.model is None or section.is_trained_here:
         return str(run.folder / "teacher"), {}
     return section.model, section.model_kwargs
 
@@ -57,6 +88,7 @@ def teaches_itself(recipe: Recipe) -> bool:
     """Whether the teacher is the base model of the student's adapter."""
     teacher, student = recipe.teacher, recipe.student
     same = teacher.model is not None and teacher.model == student.model
+    same = same and not teacher.is_trained_here
     versions = {revision_of(section) for section in (teacher, student)}
     quantised = [s.model_kwargs.get("quantization_config") for s in (teacher, student)]
     return same and student.lora is not None and len(versions) == 1 and quantised[0] == quantised[1]
@@ -67,7 +99,27 @@ def new_model(run: Run, config: dict[str, Any]) -> PreTrainedModel:
     recipe = run.recipe
     with made_whole():
         return model_from_config(
-            config, tokenizer_of(run), seed=recipe.seed, max_length=recipe.data.max_length
+            {**config, **head_settings(run)},
+            tokenizer_of(run),
+            seed=recipe.seed,
+            max_length=recipe.data.max_length,
+            task=recipe.task,
+        )
+
+
+def pretrained(run: Run, role: str) -> PreTrainedModel:
+    """The `model` of a role, to be trained; with a new head where it has none for these classes."""
+    section, settings = getattr(run.recipe, role), head_settings(run)
+    if settings:
+        settings["ignore_mismatched_sizes"] = True  # a head for other classes
+    set_seed(run.recipe.seed)  # of a new head
+    with made_whole():
+        return load_model(
+            section.model,
+            role,
+            run.recipe.task,
+            new_head=True,
+            **({"dtype": "float32"} | section.model_kwargs | settings),
         )
 
 
@@ -92,10 +144,10 @@ def _new_student(run: Run) -> PreTrainedModel:
         return new_model(run, section.config)
     if section.layers is not None:
         name, kwargs = teacher_source(run)
-        teacher = load_model(name, "teacher", **kwargs)
+        teacher = load_model(name, "teacher", run.recipe.task, **kwargs)
         return student_from_teacher(teacher, section.layers, num_layers=section.num_layers)
     assert section.model is not None
-    model = load_model(section.model, "student", **({"dtype": "float32"} | section.model_kwargs))
+    model = pretrained(run, "student")
     check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
     return model
 
@@ -118,7 +170,7 @@ def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     set_seed(recipe.seed)
-    config = LoraConfig(task_type="CAUSAL_LM", **options)
+    config = LoraConfig(task_type=PEFT_TASKS.get(recipe.task), **options)
     adapted: Any = get_peft_model(model, config, revision=revision_of(section))
     return adapted
 

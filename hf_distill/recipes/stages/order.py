@@ -23,17 +23,31 @@ def _decide_rows(recipe: Recipe) -> Any:
     source = tokenizer_source(recipe)
     data = recipe.data.model_dump(exclude={"num_proc"})  # which decides how fast, not what
     tokenizer = [recipe.tokenizer.vocab_size, source, model_stamp(source[0] if source else None)]
-    return [recipe.seed, data, data_stamp(recipe.data), tokenizer, _given_teacher(recipe)]
+    return [
+        recipe.task,
+        recipe.seed,
+        data,
+        data_stamp(recipe.data),
+        tokenizer,
+        _given_teacher(recipe),
+    ]
 
 
 def _given_teacher(recipe: Recipe) -> Any:
     """A teacher that is not trained here. One that is has its stage's fingerprint instead."""
     section = recipe.teacher
+    if section.is_trained_here:
+        return None
     return section.model and [section.model, section.model_kwargs, model_stamp(section.model)]
 
 
 def _without(section: dict[str, Any], *how_fast: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in how_fast}
+
+
+def _decide_teacher(recipe: Recipe) -> Any:
+    section = _without(recipe.resolved()["teacher"], "placement")
+    return [recipe.seed, section, model_stamp(recipe.teacher.model)]
 
 
 def _decide_recording(recipe: Recipe) -> Any:
@@ -72,13 +86,13 @@ prepare = Stage(
 )
 teacher = Stage(
     name="teacher",
-    doing="training a teacher from random weights",
+    doing="training the teacher",
     result="teacher",
-    reads=lambda recipe: [recipe.seed, _without(recipe.resolved()["teacher"], "placement")],
+    reads=_decide_teacher,
     after=(prepare,),
     make=train_teacher,
     everywhere=True,
-    wanted=lambda recipe: recipe.teacher.config is not None,
+    wanted=lambda recipe: recipe.teacher.is_trained_here,
 )
 record = Stage(
     name="record",

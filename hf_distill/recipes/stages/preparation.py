@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data import clean_rows, text_iterator, tokenize_rows
+from hf_distill.data import (
+    clean_rows,
+    read_task_rows,
+    text_iterator,
+    tokenize_rows,
+    tokenize_task_rows,
+)
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.models.loading import load_tokenizer
 from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.inputs import check_sources, check_tokens, tokenizer_source
+from hf_distill.recipes.stages.models import LABELS
 from hf_distill.recipes.stages.stage import Run
+
+# The columns of tasks other than causal language modelling that a tokenizer is trained on.
+TEXTS = ("text", "pair", "tokens", "question", "context", "source", "target")
 
 
 def prepare_data(run: Run, result: Path) -> None:
     """`data/`: train/ and eval/ (Arrow), tokenizer/, preparation.json."""
     recipe = run.recipe
     check_sources(recipe)
-    rows, table = clean_rows(recipe.data, seed=recipe.seed, work_dir=result.parent / "arrow")
-    tokenizer = _tokenizer(recipe, rows)
-    check_tokens(recipe, tokenizer)
-    tokens, table = tokenize_rows(rows, tokenizer, recipe.data, table)
+    arrow = result.parent / "arrow"
+    if recipe.task == "causal-lm":
+        rows, table = clean_rows(recipe.data, seed=recipe.seed, work_dir=arrow)
+        tokenizer = _tokenizer(recipe, rows)
+        check_tokens(recipe, tokenizer)
+        tokens, table = tokenize_rows(rows, tokenizer, recipe.data, table)
+    else:
+        found = read_task_rows(recipe.data, recipe.task, seed=recipe.seed, work_dir=arrow)
+        texts = found.rows.select_columns(
+            [name for name in TEXTS if name in found.rows["train"].column_names]
+        )
+        tokenizer = _tokenizer(recipe, texts)
+        check_tokens(recipe, tokenizer)
+        tokens, table, lines = tokenize_task_rows(
+            found.rows, tokenizer, recipe.data, recipe.task, found.table, seed=recipe.seed
+        )
+        for line in lines:
+            run.log(f"  {line}")
+        for split in ("train", "eval"):
+            found.rows[split].save_to_disk(result / "text" / split)
+        if found.labels is not None:
+            (result / LABELS).write_text(json.dumps(asdict(found.labels)), encoding="utf-8")
     for split in ("train", "eval"):
         tokens[split].save_to_disk(result / split)
     tokenizer.save_pretrained(result / "tokenizer")
@@ -37,5 +67,8 @@ def _tokenizer(recipe: Recipe, rows: Any) -> PreTrainedTokenizerBase:
         return load_tokenizer(name, "student", revision=revision)
     assert recipe.tokenizer.vocab_size is not None
     return train_tokenizer(
-        text_iterator(rows), recipe.tokenizer.vocab_size, model_max_length=recipe.data.max_length
+        text_iterator(rows),
+        recipe.tokenizer.vocab_size,
+        model_max_length=recipe.data.max_length,
+        task=recipe.task,
     )

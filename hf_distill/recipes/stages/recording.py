@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
-from hf_distill.data import collator
 from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import MB
 from hf_distill.models.engines import plain_accelerator
 from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.batches import collator_of
 from hf_distill.recipes.stages.inputs import training_arguments
 from hf_distill.recipes.stages.models import rows_of, teacher_source, tokenizer_of
 from hf_distill.recipes.stages.stage import Run
@@ -47,7 +47,7 @@ def record_teacher(run: Run, result: Path) -> None:
             teacher,
             result.parent / split,
             tokenizer=tokenizer,
-            data_collator=collator(tokenizer),
+            data_collator=collator_of(run.recipe, tokenizer),
             batch_size=section.batch_size,
             shard_rows=section.shard_rows,
             accelerator=accelerator,
@@ -82,7 +82,7 @@ def estimate_recording(run: Run) -> Estimate:
         _rows(run, "train"),
         _teacher(run),
         tokenizer=tokenizer,
-        data_collator=collator(tokenizer),
+        data_collator=collator_of(run.recipe, tokenizer),
         batch_size=section.batch_size,
         accelerator=_accelerator(run),
         settings=settings_of(run.recipe),
@@ -100,7 +100,9 @@ def _rows(run: Run, split: str) -> Dataset:
 
 def _teacher(run: Run) -> Teacher:
     name, kwargs = teacher_source(run)
-    teacher = as_teacher(name, placement=run.recipe.teacher.placement, **kwargs)
+    teacher = as_teacher(
+        name, task=run.recipe.task, placement=run.recipe.teacher.placement, **kwargs
+    )
     assert teacher is not None  # there is a name
     return teacher
 

@@ -15,13 +15,15 @@ from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from hf_distill.data import collator, require_rows
+from hf_distill.data import require_rows
 from hf_distill.evaluation.performance import MB, PeakMemory
 from hf_distill.recipes import PretrainSection, arguments
+from hf_distill.recipes.stages.batches import collator_of
 from hf_distill.recipes.stages.inputs import training_arguments
 from hf_distill.recipes.stages.models import (
     merged,
     new_model,
+    pretrained,
     rows_of,
     rows_to_train,
     student_to_train,
@@ -40,12 +42,16 @@ DIVERGENCE = ("divergence", "temperature", "beta", "skew")
 
 
 def train_teacher(run: Run, result: Path) -> None:
-    """`teacher/`: a model of the recipe's config, trained from random weights on the rows."""
+    """`teacher/`: the teacher's config or model, trained on the rows with cross-entropy only."""
     section = run.recipe.teacher
-    assert section.config is not None
     options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
-    config = section.config
-    _train(run, result, lambda run: new_model(run, config), None, options)
+
+    def make(run: Run) -> Any:
+        if section.config is None:
+            return pretrained(run, "teacher")
+        return new_model(run, section.config)
+
+    _train(run, result, make, None, options)
 
 
 def train_baseline(run: Run, result: Path) -> None:
@@ -97,7 +103,7 @@ def _train(
         train_dataset=rows,
         eval_dataset=rows_from(run, "eval"),
         processing_class=tokenizer,
-        data_collator=collator(tokenizer),
+        data_collator=collator_of(recipe, tokenizer),
         callbacks=[clock],
     )
     if trainer.pop_callback(ProgressCallback) is not None:

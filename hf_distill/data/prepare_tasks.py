@@ -1,0 +1,231 @@
+"""Prepare the rows of tasks other than causal language modelling, as a recipe's ``data:`` says.
+
+Rows are read, held out, freed of repeated rows and of those that evaluation rows share something
+with, sampled, and tokenized. Masked language models are trained on text, which `data.prepare`
+cleans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.collect import collect_columns
+from hf_distill.data.config import DataConfig
+from hf_distill.data.deduplicate import repeated, smallest
+from hf_distill.data.hashing import Hashes, mix, text_hash
+from hf_distill.data.preparation_table import PreparationTable, Step
+from hf_distill.data.prepare import clean_rows, evaluation_places
+from hf_distill.data.task_rows import (
+    Labels,
+    read_labelled,
+    read_questions,
+    read_source_target,
+    read_tagged,
+)
+from hf_distill.data.task_tokens import (
+    masking_collator,
+    tokenize_labelled,
+    tokenize_questions,
+    tokenize_source_target,
+    tokenize_tagged,
+    tokenize_texts,
+)
+from hf_distill.errors import InputError
+
+# The format of each task's rows, and the columns that no training row may share with an evaluation
+# row: of a question the context, whose other questions have answers nearby.
+FORMATS = {
+    "seq2seq-lm": "source_target",
+    "question-answering": "questions",
+    "sequence-classification": "labelled",
+    "token-classification": "tagged",
+    "masked-lm": "text",
+}
+UNITS = {
+    "seq2seq-lm": ("source",),
+    "question-answering": ("context",),
+    "sequence-classification": ("text", "pair"),
+    "token-classification": ("tokens",),
+}
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Rows of text with the splits "train" and "eval", what their labels are, and the steps."""
+
+    rows: DatasetDict
+    labels: Labels | None
+    table: PreparationTable
+
+
+def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) -> TaskRows:
+    """Read the rows of a task, hold out evaluation rows, remove overlap and repeated rows.
+
+    task: its key; seed: decides which rows are held out or sampled
+    work_dir: for Arrow files; a second call with the same settings and files reuses them
+    returns: rows with the columns that `data.task_rows` documents
+    raises: InputError if a file or a row is bad, or no training or evaluation row is left
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if task == "masked-lm":
+        rows, table = clean_rows(config, seed=seed, work_dir=work_dir)
+        return TaskRows(rows, None, table)
+    places, split = evaluation_places(config)
+    train, labels = _read(config, config.train, config.split, task, None, work_dir)
+    table = PreparationTable().add(Step("collect", "train", len(train)))
+    keys = _hashes(train, UNITS[task])
+    if places is None:
+        held = smallest(_mixed(keys, seed), config.eval_fraction)
+        evaluation, train, keys = _kept(train, held), _kept(train, ~held), keys[~held]
+        table = table.add(Step("hold out", "train", len(train)))
+    else:
+        evaluation, _ = _read(config, places, split, task, labels, work_dir)
+        table = table.add(Step("collect", "eval", len(evaluation)))
+    evaluation, step = _settled(evaluation, "eval", config, config.max_eval_rows, seed)
+    table = table.add(step)
+    if config.clean.eval_overlap is not None:
+        shared = np.isin(keys, _hashes(evaluation, UNITS[task]))
+        train = _kept(train, ~shared)
+        removed = {f"with the {UNITS[task][0]} of an evaluation row": int(shared.sum())}
+        table = table.add(Step("evaluation overlap", "train", len(train), removed=removed))
+    train, step = _settled(train, "train", config, config.max_train_rows, seed)
+    return TaskRows(DatasetDict(train=train, eval=evaluation), labels, table.add(step))
+
+
+def tokenize_task_rows(
+    rows: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    task: str,
+    table: PreparationTable,
+    *,
+    seed: int,
+) -> tuple[DatasetDict, PreparationTable, list[str]]:
+    """Rows of token ids and labels, as `data.task_tokens` documents them.
+
+    seed: of the masks of evaluation rows, which are drawn once, so that evaluations agree
+    returns: the rows, the longer table, and a line for each split that says what was cut
+    """
+    found, lines = {}, []
+    for split in ("train", "eval"):
+        tokens, line = tokenize_split(rows[split], tokenizer, config, task)
+        if task == "masked-lm" and split == "eval":
+            tokens = _masked(tokens, tokenizer, config.mask_probability, seed)
+        found[split] = tokens
+        lines.append(f"{split}: {line}")
+        count = sum(map(len, tokens["input_ids"]))
+        table = table.add(Step("tokenize", split, len(tokens), tokens=count))
+    return DatasetDict(found), table, lines
+
+
+def tokenize_split(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, task: str
+) -> tuple[Dataset, str]:
+    """Rows of text as token ids and labels, and a line that says what was cut."""
+    settings: dict[str, Any] = {"max_length": config.max_length}
+    if task == "seq2seq-lm":
+        settings = {
+            "max_source_length": config.max_length,
+            "max_target_length": config.max_target_length,
+            "prefix": config.prefix,
+            "source_lang": config.source_lang,
+            "target_lang": config.target_lang,
+        }
+    elif task == "question-answering":
+        settings["stride"] = config.stride
+    function: Any = {
+        "seq2seq-lm": tokenize_source_target,
+        "question-answering": tokenize_questions,
+        "sequence-classification": tokenize_labelled,
+        "token-classification": tokenize_tagged,
+        "masked-lm": tokenize_texts,
+    }[task]
+    return function(rows, tokenizer, num_proc=config.num_proc, **settings)
+
+
+def _read(
+    config: DataConfig,
+    places: str | list[str],
+    split: str,
+    task: str,
+    labels: Labels | None,
+    work_dir: Path,
+) -> tuple[Dataset, Labels | None]:
+    """The rows of some places, read for their task.
+
+    labels: those of the training rows, for evaluation rows
+    """
+    rows = collect_columns(config, places, split, work_dir)
+    readers: Mapping[str, Any] = {
+        "seq2seq-lm": read_source_target,
+        "question-answering": read_questions,
+        "sequence-classification": partial(read_labelled, labels=labels),
+        "token-classification": partial(read_tagged, labels=labels),
+    }
+    where = places if isinstance(places, str) else ", ".join(places)
+    try:
+        found = readers[task](rows, config.columns)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def _hashes(rows: Dataset, names: Sequence[str]) -> Hashes:
+    """(rows,) hashes of the content of some columns, of those that are there."""
+    there = [name for name in names if name in rows.column_names]
+    columns = (rows[name] for name in there)
+    texts = (json.dumps(cells, sort_keys=True) for cells in zip(*columns, strict=True))
+    return np.fromiter(map(text_hash, texts), dtype=np.uint64, count=len(rows))
+
+
+def _kept(rows: Dataset, mask: Any) -> Dataset:
+    return rows.select(np.flatnonzero(mask))
+
+
+def _settled(
+    rows: Dataset, split: str, config: DataConfig, most: int | None, seed: int
+) -> tuple[Dataset, Step]:
+    """The rows without repeated ones, and a sample of them if they are too many."""
+    names = [name for name in rows.column_names if name != "id"]
+    hashes = _hashes(rows, names)
+    keep, removed = np.ones(len(rows), dtype=bool), {}
+    if config.clean.exact_duplicates:
+        keep = ~repeated(hashes)
+        removed["equal to an earlier row"] = int((~keep).sum())
+    if most is not None and keep.sum() > most:
+        left = np.flatnonzero(keep)
+        order = np.argsort(_mixed(hashes[left], seed), kind="stable")
+        keep[left[order[most:]]] = False
+        removed["not sampled"] = len(left) - most
+    rows = _kept(rows, keep)
+    if not len(rows):
+        what = {"train": "training", "eval": "evaluation"}[split]
+        raise InputError(f"no {what} rows are left: give more, or another data.eval_fraction")
+    return rows, Step("deduplicate", split, len(rows), removed=removed)
+
+
+def _mixed(hashes: Hashes, seed: int) -> Hashes:
+    """Numbers that order rows at random, by content and seed only."""
+    return mix(hashes ^ mix(np.array([seed % 2**64], dtype=np.uint64)))
+
+
+def _masked(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int
+) -> Dataset:
+    """Rows whose tokens are masked once and for all, with `labels` for the masked ones."""
+    mask = masking_collator(tokenizer, probability=probability, seed=seed)
+
+    def one(row: Mapping[str, Any]) -> dict[str, Any]:
+        batch = mask([dict(row)])
+        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+
+    return Dataset.from_list([one(row) for row in rows])
