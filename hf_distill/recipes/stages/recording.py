@@ -14,9 +14,8 @@ from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import MB
 from hf_distill.models.engines import plain_accelerator
 from hf_distill.recipes import Recipe, arguments
-from hf_distill.recipes.stages.batches import collator_of
 from hf_distill.recipes.stages.inputs import training_arguments
-from hf_distill.recipes.stages.models import rows_of, teacher_source, tokenizer_of
+from hf_distill.recipes.stages.models import collator_of, rows_of, teacher_source, tokenizer_of
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.recordings.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recordings.writer import RecordingSettings

@@ -32,8 +32,7 @@ from hf_distill.evaluation.task_metrics import normalized_answer
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.base import base_model
 from hf_distill.models.vocabulary import shared_vocabulary
-from hf_distill.recipes.stages.batches import collator_of
-from hf_distill.recipes.stages.models import labels_of, rows_of, text_of, tokenizer_of
+from hf_distill.recipes.stages.models import collator_of, labels_of, rows_of, text_of, tokenizer_of
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.tasks import find_task, named_task
 from hf_distill.tasks.question_answering import ANSWER_MASK, IMPOSSIBLE

@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from hf_distill.data import require_rows
 from hf_distill.evaluation.performance import MB, PeakMemory
 from hf_distill.recipes import PretrainSection, arguments
-from hf_distill.recipes.stages.batches import collator_of
 from hf_distill.recipes.stages.inputs import training_arguments
 from hf_distill.recipes.stages.models import (
+    collator_of,
     merged,
     new_model,
     pretrained,
