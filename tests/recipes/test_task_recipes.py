@@ -69,6 +69,7 @@ def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
         "student.num_layers=null" if config is DECODER else "student.num_layers=2",
         "train.max_steps=3", "train.global_batch_size=8", f"output_dir={tmp_path / 'runs'}",
         "evaluate.max_new_tokens=8",
+        *(["data.max_target_length=20"] if config is DECODER else []),
     ]  # fmt: skip
     settings += {
         "classification": ["data.columns=null"],
