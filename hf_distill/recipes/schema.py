@@ -235,9 +235,9 @@ class StudentSection(Section):
     config: dict[str, Any] | None = None
     """Random weights instead: `model_type` and that model's settings."""
     layers: str | list[int] | None = None
-    """Layers of the teacher instead: every_other, first_and_last, or a list of indices."""
+    """Layers of the teacher: every_other, first_and_last, influence, or a list of indices."""
     num_layers: int | None = Field(default=None, ge=1)
-    """Number of layers that `first_and_last` takes."""
+    """Number of layers that `first_and_last` and `influence` take."""
     lora: LoraSection | None = None
     """Train adapters on top of any of these."""
 
