@@ -1,34 +1,43 @@
-"""A smaller student made of chosen layers of its teacher.
+"""A smaller student made of a teacher's layers.
 
 One mechanism serves every architecture; none is known by name. The layers are found as the
-``nn.ModuleList``s whose length the config states (`models.shorter_config`). Weights are carried
-over by layer index. The student is refused unless every weight of every chosen layer found its
-place and every layer still does what it did.
+``nn.ModuleList``s whose length the config states (`models.shorter_config`), and their weights are
+carried over by index (`models.layer_origins`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.models.layer_selection import Layers, Stack, choose_layers, similar_selections
+from hf_distill.models.calibration import (
+    BlockInfluence,
+    Row,
+    calibration_rows,
+    run,
+)
+from hf_distill.models.layer_origins import DoesNotFit, plan_layers
+from hf_distill.models.layer_selection import (
+    Layers,
+    Stack,
+    choose_layers,
+    similar_selections,
+    uses_influence,
+)
 from hf_distill.models.loading import load_model
 from hf_distill.models.shorter_config import blueprint, find_stacks, shorter_config
+from hf_distill.models.student_report import StudentReport
 
 # Other selections that are tried for the error message.
 TRIED, NAMED = 12, 2
-
-
-class DoesNotFit(Exception):
-    """A selection under which a layer would not be what it was, and why."""
 
 
 def student_from_teacher(
@@ -36,6 +45,8 @@ def student_from_teacher(
     layers: Layers | Mapping[str, Layers] = "every_other",
     *,
     num_layers: int | None = None,
+    rows: Iterable[Row] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """A new model of the teacher's class with some of its layers, and everything else, copied.
 
@@ -45,114 +56,93 @@ def student_from_teacher(
         "first_and_last": ``num_layers`` layers, evenly spaced, the first and the last among them;
             by default half of them, which is how DistilBERT and DistilGPT2 were initialised
             (0, 2, 4, 7, 9, 11 of 12)
+        "influence": the ``num_layers`` layers (by default half of them) with the largest block
+            influence on ``rows``: 1 - mean cosine(hidden state in, hidden state out)
         a list of layer indices, ascending
         for an encoder-decoder, one of these for both, or {"encoder": ..., "decoder": ...}, where
             the side that is not named is kept whole
+    rows: a few hundred rows of the data that the student is for. Each is a text, or has
+        ``input_ids`` and perhaps ``attention_mask`` and ``labels``. All of them are used, one at a
+        time, forward only
+    tokenizer: for rows that are texts
     returns: a model in evaluation mode on the teacher's device, in its dtype, with its generation
         config, its weights tied as the teacher's are; no memory is shared with the teacher
     raises: InputError if the selection does not fit the teacher, or if a layer would not compute
         in its new place what it computed in the teacher
     """
+    student, report = student_and_report(
+        teacher, layers, num_layers=num_layers, rows=rows, tokenizer=tokenizer
+    )
+    logging.getLogger("hf_distill").info("%s", report.render())
+    return student
+
+
+def student_and_report(
+    teacher: PreTrainedModel | str | Path,
+    layers: Layers | Mapping[str, Layers] = "every_other",
+    *,
+    num_layers: int | None = None,
+    rows: Iterable[Row] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel, StudentReport]:
+    """`student_from_teacher`, with a report of what was removed and how good the rest is.
+
+    The report has perplexities if there are ``rows`` and the teacher writes text.
+    """
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(_name(teacher), "teacher")
+    _check_weights(teacher, blueprint(type(teacher), teacher.config))
+    stacks, by_influence = find_stacks(teacher), uses_influence(layers)
+    measured = rows is not None or by_influence
+    on = calibration_rows(teacher, rows, tokenizer) if measured else []
+    scores = BlockInfluence(teacher, stacks if by_influence else [])
+    with scores.measured():
+        before = run(teacher, on)
+    influence = scores.scores
+    chosen = choose_layers(stacks, layers, num_layers, influence)
+    student = _with_layers(teacher, chosen)
+    return student, StudentReport(
+        parameters=student.num_parameters(),
+        teacher_parameters=teacher.num_parameters(),
+        initial_perplexity=run(student, on),
+        teacher_perplexity=before,
+        influence={stack.name: scores for stack, scores in influence.items()},
+        removed_layers={
+            stack.name: [i for i in range(stack.length) if i not in kept]
+            for stack, kept in chosen.items()
+        },
+    )
+
+
+def _with_layers(
+    teacher: PreTrainedModel, chosen: Mapping[Stack, Sequence[int]]
+) -> PreTrainedModel:
+    """A copy of a model with the chosen layers only."""
+    kept = {stack: list(indices) for stack, indices in chosen.items()}
     whole = blueprint(type(teacher), teacher.config)
-    _check_weights(teacher, whole)
-    chosen = choose_layers(find_stacks(whole), layers, num_layers)
     try:
-        config = shorter_config(type(teacher), teacher.config, chosen)
-        plan = _plan(whole, blueprint(type(teacher), config), chosen)
+        config = shorter_config(type(teacher), teacher.config, kept)
+        plan = plan_layers(whole, blueprint(type(teacher), config), kept)
     except DoesNotFit as reason:
-        raise InputError(f"{reason}: {_alternatives(whole, chosen)}") from None
+        raise InputError(f"{reason}: {_alternatives(whole, kept)}") from None
     source = teacher.state_dict()
-    weights = {key: part(source).detach().to("cpu", copy=True) for key, part in plan.items()}
+    return assembled(teacher, config, {key: part(source) for key, part in plan.items()})
+
+
+def assembled(
+    teacher: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """A model of the teacher's class with copies of these weights, on its device."""
+    copies: dict[str, Any] = {
+        key: weight.detach().to("cpu", copy=True) for key, weight in weights.items()
+    }
     student = type(teacher).from_pretrained(
-        None, config=config, state_dict=weights, dtype=teacher.dtype
+        None, config=config, state_dict=copies, dtype=teacher.dtype
     )
     student.name_or_path = student.config.name_or_path = ""  # it is on no disk and no Hub yet
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device)  # type: ignore[arg-type]  # its decorator hides self
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a weight of the student comes from.
-
-    key: the teacher's; stack, kept: set where the weight has a slice for each layer along `dim`
-    """
-
-    key: str
-    dim: int = 0
-    layers: int = 0
-    kept: tuple[int, ...] = ()
-
-    def __call__(self, source: Mapping[str, Tensor]) -> Tensor:
-        weight = source[self.key]
-        if not self.kept:
-            return weight
-        slices = weight.unflatten(self.dim, (self.layers, -1))
-        index = [slice(None)] * self.dim + [list(self.kept)]
-        return slices[tuple(index)].flatten(self.dim, self.dim + 1)
-
-
-def _plan(
-    whole: PreTrainedModel, outline: PreTrainedModel, chosen: Mapping[Stack, list[int]]
-) -> dict[str, _Origin]:
-    """The origin of every weight of the student.
-
-    whole, outline: teacher and student without memory
-    raises: DoesNotFit where a weight has no place, or a layer would do something else
-    """
-    source, wanted = whole.state_dict(), outline.state_dict()
-    plan = {key: _origin(key, value, source, chosen) for key, value in wanted.items()}
-    if lost := _belonging(source, chosen) - {origin.key for origin in plan.values()}:
-        raise DoesNotFit(_another_kind(min(lost), chosen))
-    _check_behaviour(whole, outline, chosen)
-    _check_attention(whole.config, outline.config)
-    return plan
-
-
-def _origin(
-    key: str, value: Tensor, source: Mapping[str, Tensor], chosen: Mapping[Stack, list[int]]
-) -> _Origin:
-    """Where a student's weight comes from.
-
-    What only the layer of that index has, whichever layers were chosen (T5 keeps the relative
-    position bias of all layers in block 0), comes from the teacher's layer of the same index. A
-    weight outside the layers may have a slice for each of them (Gemma's embeddings by layer).
-    """
-    for stack, kept in chosen.items():
-        if key.startswith(f"{stack.path}."):
-            index, _, rest = key.removeprefix(f"{stack.path}.").partition(".")
-            moved = f"{stack.path}.{kept[int(index)]}.{rest}"
-            found = moved if moved in source else key
-            if found not in source or source[found].shape != value.shape:
-                raise DoesNotFit(_another_kind(moved, chosen))
-            return _Origin(found)
-    if key in source and source[key].shape == value.shape:
-        return _Origin(key)
-    for stack, kept in chosen.items() if key in source else ():
-        theirs, ours = source[key].shape, value.shape
-        if len(theirs) != len(ours):
-            continue
-        differing = [d for d in range(len(theirs)) if theirs[d] != ours[d]]
-        dim = differing[0]
-        if len(differing) == 1 and theirs[dim] * len(kept) == ours[dim] * stack.length:
-            return _Origin(key, dim, stack.length, tuple(kept))
-    raise DoesNotFit(f"the teacher has no weight of the shape that {key!r} of the student needs")
-
-
-def _another_kind(key: str, chosen: Mapping[Stack, list[int]]) -> str:
-    """Why a weight of a layer has no place, as the beginning of a sentence."""
-    for stack, kept in chosen.items():
-        if key.startswith(f"{stack.path}."):
-            old = int(key.removeprefix(f"{stack.path}.").partition(".")[0])
-            new = kept.index(old) if old in kept else None
-            return (
-                f"layer {old} of the teacher's {stack.name} cannot become layer {new}, since the "
-                "index decides what kind of layer it is (its mixture of experts, its attention)"
-            )
-    return f"the student has no place for the teacher's weight {key!r}"
 
 
 def _alternatives(whole: PreTrainedModel, chosen: Mapping[Stack, list[int]]) -> str:
@@ -164,7 +154,7 @@ def _alternatives(whole: PreTrainedModel, chosen: Mapping[Stack, list[int]]) -> 
             selection = {**chosen, stack: candidate}
             try:
                 config = shorter_config(type(whole), whole.config, selection)
-                _plan(whole, blueprint(type(whole), config), selection)
+                plan_layers(whole, blueprint(type(whole), config), selection)
             except (DoesNotFit, InputError):
                 continue
             if str(candidate) not in working:
@@ -201,55 +191,3 @@ def _check_weights(teacher: PreTrainedModel, whole: PreTrainedModel) -> None:
             f"the teacher has a weight {min(further)!r} that its config does not describe (an "
             "adapter?): merge adapters first"
         )
-
-
-def _belonging(source: Mapping[str, Tensor], chosen: Mapping[Stack, list[int]]) -> set[str]:
-    """The teacher's keys that the student must take: all but those of the layers left out."""
-    left_out = tuple(
-        f"{stack.path}.{i}."
-        for stack, kept in chosen.items()
-        for i in range(stack.length)
-        if i not in kept
-    )
-    return {key for key in source if not key.startswith(left_out)} if left_out else set(source)
-
-
-def _check_behaviour(
-    whole: PreTrainedModel, outline: PreTrainedModel, chosen: Mapping[Stack, list[int]]
-) -> None:
-    """Refuse a layer that would compute something else, because its index decides what it does."""
-    for stack, kept in chosen.items():
-        for new, old in enumerate(kept):
-            before = whole.get_submodule(f"{stack.path}.{old}")
-            after = outline.get_submodule(f"{stack.path}.{new}")
-            if before.state_dict().keys() != after.state_dict().keys():
-                continue  # holds what its index alone has, see `_origin`
-            settings = _settings(before)
-            for name, value in _settings(after).items():
-                if settings.get(name, value) != value:
-                    raise DoesNotFit(
-                        f"layer {old} of the teacher's {stack.name} cannot become layer {new}, "
-                        f"since its {name} would be {value!r} instead of {settings[name]!r}"
-                    )
-
-
-def _settings(block: nn.Module) -> dict[str, Any]:
-    """The numbers and switches that decide what a block computes, by dotted name."""
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, module in block.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | None)
-        and not name.startswith(("_", "layer_i"))  # layer_idx, layer_id: its place in the cache
-    }
-
-
-def _check_attention(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
-    """Refuse a student of a hybrid model that has no attention layer left: its cache needs one."""
-
-    def attends(config: PreTrainedConfig) -> bool:
-        kinds = getattr(config, "layer_types", None) or []
-        return any("attention" in kind and "linear" not in kind for kind in map(str, kinds))
-
-    if attends(before) and not attends(after):
-        raise DoesNotFit("the student would have no attention layer, which its cache needs")

@@ -8,7 +8,9 @@ from typing import Any
 
 from hf_distill.errors import InputError
 
-RULES = ("every_other", "first_and_last")
+INFLUENCE = "influence"
+RULES = ("every_other", "first_and_last", INFLUENCE)
+COUNTED = ("first_and_last", INFLUENCE)  # these take a number of layers
 
 Layers = str | Sequence[int]
 
@@ -23,9 +25,15 @@ class Stack:
 
 
 def choose_layers(
-    stacks: Sequence[Stack], layers: Layers | Mapping[str, Layers], num_layers: int | None = None
+    stacks: Sequence[Stack],
+    layers: Layers | Mapping[str, Layers],
+    num_layers: int | None = None,
+    influence: Mapping[Stack, Sequence[float]] | None = None,
 ) -> dict[Stack, list[int]]:
-    """The indices that a selection takes from each stack; see `student_from_teacher`."""
+    """The indices that a selection takes from each stack; see `student_from_teacher`.
+
+    influence: a score for each layer, for the rule "influence"
+    """
     names = {stack.name for stack in stacks}
     if isinstance(layers, Mapping):
         if unknown := set(layers) - names:
@@ -36,13 +44,13 @@ def choose_layers(
         rules = dict(layers)
     else:
         rules = dict.fromkeys(names, layers)
-    if num_layers is not None and "first_and_last" not in list(rules.values()):
+    if num_layers is not None and not any(rule in COUNTED for rule in rules.values()):
         raise InputError(
             f"num_layers={num_layers} has no effect on layers={layers!r}: it belongs to "
-            "'first_and_last', leave it out or choose that"
+            f"{' and '.join(map(repr, COUNTED))}, leave it out or choose one of these"
         )
     return {
-        stack: _indices(stack, rules[stack.name], num_layers)
+        stack: _indices(stack, rules[stack.name], num_layers, (influence or {}).get(stack))
         if stack.name in rules
         else list(range(stack.length))
         for stack in stacks
@@ -67,14 +75,23 @@ def similar_selections(length: int, count: int) -> Iterator[list[int]]:
         yield list(range(start, start + count))
 
 
-def _indices(stack: Stack, layers: Layers, num_layers: int | None) -> list[int]:
+def uses_influence(layers: Layers | Mapping[str, Layers] | None) -> bool:
+    """Whether a selection needs the layers' scores."""
+    return INFLUENCE in (list(layers.values()) if isinstance(layers, Mapping) else [layers])
+
+
+def _indices(
+    stack: Stack, layers: Layers, num_layers: int | None, influence: Sequence[float] | None
+) -> list[int]:
     if layers == "every_other":
         return list(range(0, stack.length, 2))
     if layers == "first_and_last":
         return _first_and_last(stack, num_layers)
+    if layers == INFLUENCE:
+        return _most_influential(stack, num_layers, influence)
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise InputError(
-            f"layers={layers!r} is not a selection: give {' or '.join(map(repr, RULES))}, or a "
+            f"layers={layers!r} is not a selection: give {', '.join(map(repr, RULES))} or a "
             "list of layer indices"
         )
     indices: list[Any] = list(layers)
@@ -95,3 +112,18 @@ def _first_and_last(stack: Stack, num_layers: int | None) -> list[int]:
             f"of the teacher's {stack.name}: give 2 to {stack.length}, or list the layers"
         )
     return evenly_spaced(0, stack.length - 1, count)
+
+
+def _most_influential(
+    stack: Stack, num_layers: int | None, influence: Sequence[float] | None
+) -> list[int]:
+    count = (stack.length + 1) // 2 if num_layers is None else num_layers
+    if type(count) is not int or not 1 <= count <= stack.length:
+        raise InputError(
+            f"num_layers={count!r} cannot be taken from the {stack.length} layers of the teacher's "
+            f"{stack.name}: give 1 to {stack.length}"
+        )
+    if influence is None:
+        raise InputError("layers='influence' is measured on rows of text: give rows")
+    ranked = sorted(range(stack.length), key=lambda layer: influence[layer], reverse=True)
+    return sorted(ranked[:count])

@@ -70,7 +70,7 @@ class ModelRunner:
             self._accepted |= PACKING
         # Encoders have no cache. Their forwards would hand the keyword on to their layers.
         caches = "use_cache" in parameters or "input_ids" not in parameters
-        self._options = {"use_cache": False} if caches else {}
+        self.options = {"use_cache": False} if caches else {}
         self._positions = PositionCounter(plain)
         self._padding_is_unchecked = True
         self.may_meet_unknown_ids = True
@@ -109,7 +109,7 @@ class ModelRunner:
         returns: the result, the model's outputs, and where the head was replaced a 0-dim zero to
             be added to the loss, for hooks that wait for the gradient of the outputs
         """
-        inputs = self.inputs(batch) | self._options
+        inputs = self.inputs(batch) | self.options
         try:
             if self._head is not None and not whole_logits:
                 gather = self._head.gathered

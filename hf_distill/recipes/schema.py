@@ -275,10 +275,10 @@ class StudentSection(Section):
     config: dict[str, Any] | None = None
     """Random weights instead: `model_type` and that model's settings."""
     layers: str | list[int] | dict[str, str | list[int]] | None = None
-    """Layers of the teacher instead: every_other, first_and_last, or a list of indices; for an
+    """Layers of the teacher: every_other, first_and_last, influence, or a list of indices; for an
     encoder-decoder also {encoder: ..., decoder: ...}."""
     num_layers: int | None = Field(default=None, ge=1)
-    """Number of layers that `first_and_last` takes."""
+    """Number of layers that `first_and_last` and `influence` take."""
     lora: LoraSection | None = None
     """Train adapters on top of any of these."""
 

@@ -71,6 +71,26 @@ def test_everything_is_there(finished: Path) -> None:
     assert left == {f"{stage}.json" for stage in STAGES if stage != "record"} | {"run.json"}
 
 
+def test_a_student_of_the_most_influential_layers(recipe: Path, finished: Path) -> None:
+    text = recipe.read_text()
+    begin, end = text.index("student:"), text.index("train: {alpha")
+    other = recipe.with_name("influence.yaml")
+    other.write_text(
+        f"{text[:begin]}student: {{layers: influence, num_layers: 1}}\n{text[end:]}".replace(
+            text[text.index("teacher:") : begin], f"teacher: {finished / 'teacher'}\n"
+        ).replace("tokenizer: {vocab_size: 300}\n", "baseline: false\n")
+    )
+    done = run(other)
+    assert done.exit_code == 0, done.output
+    made = recipe.parent / "runs" / "influence" / "student_initial"
+    report = json.loads((made / "from_teacher.json").read_text())
+    ((stack, scores),) = report["influence"].items()
+    assert report["removed_layers"] == {stack: [scores.index(min(scores))]}
+    assert report["initial_perplexity"] > report["teacher_perplexity"] > 1
+    assert AutoModelForCausalLM.from_pretrained(made).config.n_layer == 1
+    assert "block influence in transformer.h" in done.output
+
+
 def test_both_trainings_begin_alike_and_differ_in_the_objective(finished: Path) -> None:
     logs = {
         role: json.loads((finished / role / "log_history.json").read_text())

@@ -31,7 +31,7 @@ from hf_distill.errors import InputError, silence_libraries
 from hf_distill.evaluation.performance import PeakMemory
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
-from hf_distill.models.from_teacher import Stack, choose_layers
+from hf_distill.models.layer_selection import Stack, choose_layers
 from hf_distill.recipes import Recipe, arguments, dump_recipe, parse_recipe
 from hf_distill.recipes.planning.arithmetic import Measures, extrapolated
 from hf_distill.recipes.stages.inputs import micro_batches, training_arguments
@@ -246,7 +246,9 @@ def _configs(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     if section.layers is None:
         return _config(recipe, section.config, section.model), teacher
     stack = Stack("layers", "layers", teacher.num_hidden_layers)
-    chosen = choose_layers([stack], section.layers, section.num_layers)
+    # The plan needs their number only, so any scores will do.
+    scores = {stack: [0.0] * stack.length}
+    chosen = choose_layers([stack], section.layers, section.num_layers, scores)
     return _cut(teacher, len(chosen[stack])), teacher
 
 

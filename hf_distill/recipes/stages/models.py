@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from hf_distill.data import Labels, check_max_length, label_names, task_collator
 from hf_distill.models.engines import made_whole
 from hf_distill.models.from_scratch import max_positions, model_from_config
-from hf_distill.models.from_teacher import student_from_teacher
+from hf_distill.models.from_teacher import student_and_report
+from hf_distill.models.layer_selection import uses_influence
 from hf_distill.models.loading import load_model, load_tokenizer
+from hf_distill.models.student_report import StudentReport
 from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.inputs import revision_of
 from hf_distill.recipes.stages.stage import Run, read_json
@@ -27,6 +30,8 @@ PEFT_TASKS = {
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
 }  # peft has none for masked language modelling
+# Training rows on which a teacher's layers and units are measured.
+MEASURED_ROWS = 256
 
 
 def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
@@ -131,8 +136,11 @@ def pretrained(run: Run, role: str) -> PreTrainedModel:
 def make_student(run: Run, result: Path) -> None:
     """`student_initial/`: the student before training, without adapters."""
     with made_whole():  # this is one process's work
-        model = _new_student(run)
+        model, report = _new_student(run)
     model.save_pretrained(result)
+    if report is not None:
+        (result / "from_teacher.json").write_text(report.to_json())
+        run.show(report.render())
     tokenizer_of(run).save_pretrained(result)
 
 
@@ -143,18 +151,24 @@ def student_initial(run: Run) -> PreTrainedModel:
     return load_model(run.folder / "student_initial", "student", **({"dtype": "float32"} | kept))
 
 
-def _new_student(run: Run) -> PreTrainedModel:
+def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
     section = run.recipe.student
     if section.config is not None:
-        return new_model(run, section.config)
+        return new_model(run, section.config), None
     if section.layers is not None:
         name, kwargs = teacher_source(run)
         teacher = load_model(name, "teacher", run.recipe.task, **kwargs)
-        return student_from_teacher(teacher, section.layers, num_layers=section.num_layers)
+        rows = None
+        if uses_influence(section.layers):
+            rows = rows_of(run, "train").shuffle(seed=run.recipe.seed)
+            rows = rows.select(range(min(len(rows), MEASURED_ROWS)))
+            if torch.accelerator.is_available():
+                teacher.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+        return student_and_report(teacher, section.layers, num_layers=section.num_layers, rows=rows)
     assert section.model is not None
     model = pretrained(run, "student")
     check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
-    return model
+    return model, None
 
 
 def student_to_train(run: Run) -> PreTrainedModel | PeftModel:

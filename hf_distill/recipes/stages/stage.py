@@ -23,8 +23,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from hf_distill import __version__
 from hf_distill.errors import InputError
@@ -117,8 +116,8 @@ class Run:
         if self.state.is_main_process:
             print(text, flush=True)
 
-    def show(self, table: Table) -> None:
-        """A table to the terminal, once; as wide as it is where there is no terminal."""
+    def show(self, table: RenderableType) -> None:
+        """A table or a text to the terminal, once; as wide as it is where there is no terminal."""
         if self.state.is_main_process:
             Console(width=None if sys.stdout.isatty() else 120).print(table)
 
