@@ -19,6 +19,10 @@ tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, 
                     these rows as token ids and labels
 Labels, label_names what labels are, and what a model's config says of them
 masking_collator    masks tokens at random, for masked language modelling
+mask_rows           masks tokens once, for evaluation and recordings
+tokenize_task_rows  raw rows of a model's task to token ids and labels; TaskTokens, how
+is_raw_for          whether rows are raw rows of a task
+TaskCollator        rows of a task to batches of tensors
 
 For all:
 collator, Collator  rows to batches of tensors
@@ -31,6 +35,13 @@ from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
+from hf_distill.data.task_collators import TaskCollator, mask_rows
+from hf_distill.data.task_forms import (
+    TaskTokens,
+    is_raw_for,
+    known_task_forms,
+    tokenize_task_rows,
+)
 from hf_distill.data.task_rows import (
     Labels,
     read_labelled,
@@ -59,12 +70,17 @@ __all__ = [
     "Labels",
     "PreparationTable",
     "Step",
+    "TaskCollator",
+    "TaskTokens",
     "check_max_length",
     "clean_rows",
     "collator",
     "find_form",
     "is_raw",
+    "is_raw_for",
+    "known_task_forms",
     "label_names",
+    "mask_rows",
     "masking_collator",
     "read_labelled",
     "read_questions",
@@ -79,5 +95,6 @@ __all__ = [
     "tokenize_rows",
     "tokenize_source_target",
     "tokenize_tagged",
+    "tokenize_task_rows",
     "tokenize_texts",
 ]

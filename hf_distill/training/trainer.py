@@ -70,7 +70,7 @@ class DistillationMixin(Trainer):
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        done = prepare_datasets(args, student, others)
+        done = prepare_datasets(args, student, others, task)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)
@@ -301,8 +301,8 @@ class DistillationTrainer(DistillationMixin):
         "token-classification" or "question-answering"; by default that of the student's class
     train_dataset, eval_dataset: rows with `input_ids`, and perhaps `labels` (by default the ids),
         `ce_weight` and `divergence_weight` (a number a row); or raw rows, which are tokenized with
-        `processing_class`: `text`, `prompt` and `completion`, or `messages`
-    data_collator: by default `hf_distill.data.collator`
+        `processing_class`: `text`, `prompt` and `completion`, `messages`, or those of the task
+    data_collator: by default `hf_distill.data.collator`, or `TaskCollator` for other tasks
     Further keyword arguments are Trainer's (callbacks, compute_metrics, optimizers, ...).
     raises: InputError for what cannot work, at construction
     """
