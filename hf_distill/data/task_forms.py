@@ -218,13 +218,9 @@ def _by_name(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, str]:
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if not names or labels.kind == "regression" or list(names) == list(labels.names):
         return rows, ""
-    ours = [one.lower() for one in names]
-    theirs = {one.lower(): index for index, one in enumerate(labels.names)}
-    if (
-        len(set(ours)) == len(ours)
-        and len(theirs) == len(labels.names)
-        and set(ours) <= set(theirs)
-    ):
+    ours, theirs = {one.lower() for one in names}, {one.lower() for one in labels.names}
+    distinct = len(ours) == len(names) and len(theirs) == len(labels.names)
+    if distinct and ours <= theirs:
         mapping = {one: index for index, one in enumerate(labels.names)}
         return rows.align_labels_with_mapping(mapping, name), ""
     return rows, f"; classes by index: {names[0]!r} is the model's {labels.names[0]!r}, and so on"

@@ -52,7 +52,8 @@ def test_labels_of_rows(name: str, labels: list[Any]) -> None:
 
 def test_where_answers_may_be() -> None:
     rows = [
-        {"input_ids": [2, 6, 3], "start_positions": 1, "end_positions": 1, "answer_mask": [1, 1, 0]},
+        {"input_ids": [2, 6, 3], "start_positions": 1, "end_positions": 1,
+         "answer_mask": [1, 1, 0]},
         {"input_ids": [2, 6], "start_positions": 0, "end_positions": 0, "answer_mask": [0, 1],
          "offsets": [[0, 1], [1, 2]], "row": 1},
     ]  # fmt: skip

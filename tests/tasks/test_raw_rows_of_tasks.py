@@ -178,7 +178,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     ("seq2seq-lm", RAW["seq2seq-lm"], {}, {"packing": True}, "packing is True, but train_dataset"),
     (CLASSIFY, [{"text": "a", "label": 5}], {}, {}, "row 0: the label 5 is none of the 5 classes"),
     (CLASSIFY, [{"text": "a", "label": "owl"}], {}, {}, r"label 'owl' is none of .* \(ant, bee"),
-    (CLASSIFY, [{"text": "a", "label": ["ant", "bee"]}], {}, {}, "several labels a row, but the st"),
+    (CLASSIFY, [{"text": "a", "label": ["ant", "bee"]}], {}, {}, "several labels a row, but the"),
     (CLASSIFY, [{"text": "a", "label": "ant"}], SEVERAL, {}, "one label a row, but the student g"),
     (CLASSIFY, [{"text": "a", "label": 0.5}], {}, {}, "holds fractions, but the student has 5 cl"),
     (CLASSIFY, [{"text": " ", "label": 1}], {}, {}, "train_dataset: row 0: 'text' is empty"),
