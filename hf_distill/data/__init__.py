@@ -18,9 +18,12 @@ read_source_target, read_questions, read_labelled, read_tagged, read_texts
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
 Labels, label_names what labels are, and what a model's config says of them
-task_collator       rows of a task to batches of tensors
 masking_collator    masks tokens at random, for masked language modelling
-read_task_rows, tokenize_task_rows, TaskRows     the same from a recipe's `data` section
+mask_rows           masks tokens once, for evaluation and recordings
+read_task_rows, tokenize_splits    the same for the `data` section of a recipe, with `TaskRows`
+tokenize_task_rows  raw rows of a model's task to token ids and labels; TaskTokens, how
+is_raw_for          whether rows are raw rows of a task
+TaskCollator        rows of a task to batches of tensors
 
 For all:
 collator, Collator  rows to batches of tensors
@@ -32,9 +35,15 @@ from hf_distill.data.config import CleanConfig, DataConfig
 from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
-from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_task_rows
+from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_splits
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
-from hf_distill.data.task_batches import task_collator
+from hf_distill.data.task_collators import TaskCollator, mask_rows
+from hf_distill.data.task_forms import (
+    TaskTokens,
+    is_raw_for,
+    known_task_forms,
+    tokenize_task_rows,
+)
 from hf_distill.data.task_rows import (
     Labels,
     read_labelled,
@@ -63,13 +72,18 @@ __all__ = [
     "Labels",
     "PreparationTable",
     "Step",
+    "TaskCollator",
     "TaskRows",
+    "TaskTokens",
     "check_max_length",
     "clean_rows",
     "collator",
     "find_form",
     "is_raw",
+    "is_raw_for",
+    "known_task_forms",
     "label_names",
+    "mask_rows",
     "masking_collator",
     "read_labelled",
     "read_questions",
@@ -78,13 +92,13 @@ __all__ = [
     "read_task_rows",
     "read_texts",
     "require_rows",
-    "task_collator",
     "text_iterator",
     "tokenize_labelled",
     "tokenize_questions",
     "tokenize_raw_rows",
     "tokenize_rows",
     "tokenize_source_target",
+    "tokenize_splits",
     "tokenize_tagged",
     "tokenize_task_rows",
     "tokenize_texts",

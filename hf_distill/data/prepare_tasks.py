@@ -101,7 +101,7 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
     return TaskRows(DatasetDict(train=train, eval=evaluation), labels, table.add(step))
 
 
-def tokenize_task_rows(
+def tokenize_splits(
     rows: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,

@@ -79,25 +79,10 @@ class DistillationArguments(TrainingArguments):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Raw rows (text, prompt/completion, messages): the most tokens of a row. By "
-            "default 1024, or as many as student and tokenizer take."
+            "help": "Raw rows: the most tokens of a row, a source, or a question with its part of "
+            "a context. By default 1024, for questions 384, or as many as student and tokenizer "
+            "take."
         },
-    )
-    max_target_length: int = field(
-        default=128,
-        metadata={"help": "Raw rows of an encoder-decoder: the most tokens of a target text."},
-    )
-    source_prefix: str = field(
-        default="",
-        metadata={"help": "Raw rows of an encoder-decoder: put before each source text."},
-    )
-    stride: int = field(
-        default=128,
-        metadata={"help": "Raw rows of questions: tokens that windows of a long context share."},
-    )
-    mask_probability: float = field(
-        default=0.15,
-        metadata={"help": "Masked language models: share of the tokens that are masked."},
     )
     packing: bool = field(
         default=False,
@@ -136,6 +121,38 @@ class DistillationArguments(TrainingArguments):
     prompt_tokens: int = field(
         default=32,
         metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
+    )
+    max_target_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Raw rows of an encoder-decoder: the most tokens of a target text. By default "
+            "128, or as many as student and tokenizer take."
+        },
+    )
+    source_prefix: str = field(
+        default="",
+        metadata={"help": "Raw rows of an encoder-decoder: put before each source text."},
+    )
+    source_lang: str | None = field(
+        default=None,
+        metadata={
+            "help": "Raw rows of translations: the language of sources, as a field of "
+            "`translation` and, where the tokenizer has them, a language code."
+        },
+    )
+    target_lang: str | None = field(
+        default=None, metadata={"help": "Raw rows of translations: the language of targets."}
+    )
+    doc_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Raw rows of questions: tokens that two windows of a long context share. By "
+            "default a third of max_length."
+        },
+    )
+    mlm_probability: float = field(
+        default=0.15,
+        metadata={"help": "Rows of text for masked language modelling: the share that is masked."},
     )
     teacher_placement: str = field(
         default="auto",
@@ -235,10 +252,13 @@ class DistillationArguments(TrainingArguments):
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
-            "max_target_length": (self.max_target_length >= 2, "at least 2"),
-            "stride": (self.stride >= 0, "at least 0"),
-            "mask_probability": (0 < self.mask_probability < 1, "strictly between 0 and 1"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
+            "max_target_length": (
+                self.max_target_length is None or self.max_target_length >= 2,
+                "at least 2",
+            ),
+            "doc_stride": (self.doc_stride is None or self.doc_stride >= 0, "at least 0"),
+            "mlm_probability": (0 < self.mlm_probability < 1, "strictly between 0 and 1"),
         }
         for name, (fits, allowed) in ranges.items():
             if not fits:

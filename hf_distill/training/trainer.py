@@ -292,8 +292,8 @@ class DistillationTrainer(DistillationMixin):
         "token-classification" or "question-answering"; by default that of the student's class
     train_dataset, eval_dataset: rows with `input_ids`, and perhaps `labels` (by default the ids),
         `ce_weight` and `divergence_weight` (a number a row); or raw rows, which are tokenized with
-        `processing_class`: `text`, `prompt` and `completion`, or `messages`
-    data_collator: by default `hf_distill.data.collator`
+        `processing_class`: `text`, `prompt` and `completion`, `messages`, or those of the task
+    data_collator: by default `hf_distill.data.collator`, or `TaskCollator` for other tasks
     Further keyword arguments are Trainer's (callbacks, compute_metrics, optimizers, ...).
     raises: InputError for what cannot work, at construction
     """

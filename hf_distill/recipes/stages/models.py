@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_distill.data import Labels, check_max_length, label_names, task_collator
+from hf_distill.data import Labels, TaskCollator, check_max_length, collator, label_names
 from hf_distill.models.engines import made_whole
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_and_report
@@ -49,7 +49,9 @@ def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 
 def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The collator for the rows that a recipe prepares."""
-    return task_collator(recipe.task, tokenizer, probability=recipe.data.mask_probability)
+    if recipe.task == "causal-lm":
+        return collator(tokenizer)
+    return TaskCollator(recipe.task, tokenizer, probability=recipe.data.mask_probability)
 
 
 def rows_of(run: Run, split: str) -> Dataset:

@@ -14,7 +14,7 @@ from hf_distill.data import (
     read_task_rows,
     text_iterator,
     tokenize_rows,
-    tokenize_task_rows,
+    tokenize_splits,
 )
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.models.loading import load_tokenizer
@@ -44,7 +44,7 @@ def prepare_data(run: Run, result: Path) -> None:
         )
         tokenizer = _tokenizer(recipe, texts)
         check_tokens(recipe, tokenizer)
-        tokens, table, lines = tokenize_task_rows(
+        tokens, table, lines = tokenize_splits(
             found.rows, tokenizer, recipe.data, recipe.task, found.table, seed=recipe.seed
         )
         for line in lines:

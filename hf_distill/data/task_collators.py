@@ -1,0 +1,157 @@
+"""Pad the rows of other tasks than causal language modelling to a batch of tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
+
+from hf_distill.data.task_tokens import masking_collator
+from hf_distill.errors import InputError
+from hf_distill.tasks import (
+    MaskedLM,
+    QuestionAnswering,
+    Seq2SeqLM,
+    SequenceClassification,
+    TokenClassification,
+)
+from hf_distill.tasks.question_answering import ANSWER_MASK
+
+VERSION = 1  # part of every cache key: raise it when the same settings would mask other tokens
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MASKING_PROBABILITY = 0.15
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class TaskCollator:
+    """Pads rows on the right, by the collator that transformers has for the task.
+
+    task: the `key` of a task other than causal language modelling
+    tokenizer: its padding token is used, or its end-of-text token if it has none
+    probability, seed: of the masks for rows of masked language modelling that have no `labels`,
+        which are masked otherwise at each call; see `masking_collator`
+    Columns that the task does not know are left out.
+    raises: InputError for rows without what the task needs
+    """
+
+    def __init__(
+        self,
+        task: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        probability: float = MASKING_PROBABILITY,
+        seed: int | None = None,
+    ) -> None:
+        tokenizer = _padding_right(tokenizer)
+        self._masked = task == MaskedLM.key
+        self._tokenizer, self._probability, self._seed = tokenizer, probability, seed
+        self._masks: Callable[[Any], Any] | None = None  # made when rows without labels come
+        self._labels: tuple[str, ...] = ("labels",)
+        if task == Seq2SeqLM.key:
+            self._pad: Callable[[Any], Any] = DataCollatorForSeq2Seq(tokenizer)
+        elif task in (TokenClassification.key, MaskedLM.key):
+            self._pad = DataCollatorForTokenClassification(tokenizer)
+        else:
+            self._pad = DataCollatorWithPadding(tokenizer)
+            if task == SequenceClassification.key:
+                self._labels = ("labels", "label")
+            else:
+                self._labels = (*QuestionAnswering.label_names, ANSWER_MASK)
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        if self._masked and not any("labels" in row for row in rows):
+            return self._mask(rows)
+        plain = [_only(row, (*INPUTS, *self._labels)) for row in rows]
+        allowed = [row.pop(ANSWER_MASK, None) for row in plain]
+        batch = {name: value for name, value in self._pad(plain).items() if value is not None}
+        if any(one is not None for one in allowed):
+            batch[ANSWER_MASK] = _answer_mask(allowed, batch["attention_mask"])
+        return batch
+
+    def _mask(self, rows: Rows) -> dict[str, Tensor]:
+        if self._masks is None:
+            self._masks = masking_collator(
+                self._tokenizer, probability=self._probability, seed=self._seed
+            )
+        return dict(self._masks([_only(row, (*INPUTS, "special_tokens_mask")) for row in rows]))
+
+
+def mask_rows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    probability: float = MASKING_PROBABILITY,
+    seed: int = 0,
+) -> Dataset:
+    """Rows with some of their tokens masked, and `labels` for those: the same at each reading.
+
+    For evaluation, whose figures then depend neither on the batch size nor on the moment, and for
+    rows that are to be recorded.
+    rows: with `input_ids`, and perhaps `special_tokens_mask`; probability, seed: see
+        `masking_collator`
+    """
+    masking_collator(tokenizer, probability=probability)  # checks both, once
+    ids = List(Value("int32"))
+    return rows.map(
+        _mask_row,
+        with_indices=True,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "probability": probability,
+            "seed": seed,
+            "version": VERSION,
+        },
+        remove_columns=rows.column_names,
+        features=Features({"input_ids": ids, "labels": ids}),
+        desc="mask",
+    )
+
+
+def _mask_row(
+    row: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    probability: float,
+    seed: int,
+    version: int,
+) -> dict[str, Any]:
+    mask = masking_collator(tokenizer, probability=probability, seed=seed + index)
+    found = mask([_only(row, ("input_ids", "special_tokens_mask"))])
+    return {name: found[name][0].tolist() for name in ("input_ids", "labels")}
+
+
+def _only(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _answer_mask(rows: Sequence[Any], attended: Tensor) -> Tensor:
+    """(rows, positions), 0 at padding; a row without one may answer everywhere."""
+    mask = attended.clone()
+    for row, given in enumerate(rows):
+        if given is not None:
+            mask[row, : len(given)] = torch.as_tensor(given, dtype=mask.dtype)
+    return mask
+
+
+def _padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy of it that pads on the right and has a padding token."""
+    if tokenizer.pad_token is not None and tokenizer.padding_side == "right":
+        return tokenizer
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError("the tokenizer has neither a padding nor an end-of-text token: set one")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

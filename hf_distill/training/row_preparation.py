@@ -1,0 +1,132 @@
+"""Tokenize the raw rows that a trainer of a causal language model is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data import Collator, collator, find_form, is_raw, tokenize_raw_rows
+from hf_distill.data.forms import known_forms
+from hf_distill.errors import InputError
+from hf_distill.losses.targets import WEIGHTS
+from hf_distill.models.loading import local_tokenizer
+from hf_distill.training.arguments import DistillationArguments
+
+DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
+
+
+class RowPreparation:
+    """Tokenizes raw rows; rows that have token ids already pass untouched.
+
+    tokenizer: the trainer's `processing_class`; found beside a local student if it is missing
+    positions: the most tokens that the student takes, None if there is no limit
+    own_collator: whether the user gave a collator
+    lines: what was done, one line for each data set
+    """
+
+    def __init__(
+        self,
+        args: DistillationArguments,
+        tokenizer: Any,
+        model: Any,
+        positions: int | None,
+        *,
+        own_collator: bool,
+    ) -> None:
+        self.args, self.tokenizer, self._model, self._positions = args, tokenizer, model, positions
+        self._own_collator = own_collator
+        self.lines: list[str] = []
+
+    def __call__(self, dataset: Any, name: str) -> Any:
+        """The data set with token ids. name: of the trainer's argument, for messages."""
+        if isinstance(dataset, DatasetDict | IterableDatasetDict) and name == "train_dataset":
+            splits = ", ".join(map(repr, dataset))
+            raise InputError(
+                f"{name} is a {type(dataset).__name__} with the splits {splits}: give one of them, "
+                f"as dataset[{next(iter(dataset), 'train')!r}]"
+            )
+        if isinstance(dataset, Mapping):
+            return {key: self(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
+        if isinstance(dataset, list | tuple):
+            first = dataset[0] if dataset else None
+            if not isinstance(first, Mapping) or "input_ids" in first or not self.known(first):
+                return self.tokenized(dataset, name)
+            dataset = Dataset.from_list(list(dataset))
+        if not isinstance(dataset, Dataset | IterableDataset) or not self._raw(dataset, name):
+            return self.tokenized(dataset, name)
+        tokenizer = self._tokenizer(name)
+        with self.args.main_process_first(desc="tokenizing", local=False):
+            rows, line = self.tokenize(dataset, name, tokenizer)
+        self.lines.append(f"{name}: {line}")
+        return rows
+
+    def is_raw(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether rows are of a known raw form, and not tokenized yet."""
+        return is_raw(dataset)
+
+    def known(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is of a known raw form."""
+        return find_form(list(row)) is not None
+
+    def known_forms(self) -> str:
+        """The known raw forms, for messages."""
+        return known_forms()
+
+    def tokenize(
+        self, dataset: Dataset | IterableDataset, name: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Dataset | IterableDataset, str]:
+        """Raw rows as token ids, and one line that says what was done."""
+        return tokenize_raw_rows(
+            dataset,
+            tokenizer,
+            max_length=self._max_length(tokenizer),
+            packing=self.args.packing,
+            completion_only_loss=self.args.completion_only_loss,
+            assistant_only_loss=self.args.assistant_only_loss,
+            keep=WEIGHTS,
+        )
+
+    def tokenized(self, dataset: Any, name: str) -> Any:
+        """Rows that are tokenized already, or that this trainer does not look into."""
+        return dataset
+
+    def collator(self) -> Callable[[Sequence[Any]], dict[str, Any]] | None:
+        """The collator of a trainer that is given none."""
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            return collator(self.tokenizer)
+        return Collator(0, 0)  # any id will do: what pads is masked
+
+    def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
+        if not self.args.remove_unused_columns and self._own_collator:
+            return False  # the user's collator reads the rows as they are
+        names = dataset.column_names or list(next(iter(dataset), {}))
+        if self.is_raw(dataset):
+            return True
+        if "input_ids" not in names and not self._own_collator and names:
+            raise self.unknown(name, names)
+        return False
+
+    def unknown(self, name: str, names: Sequence[str]) -> InputError:
+        """The error for rows of no known form."""
+        return InputError(
+            f"{name} has the columns {', '.join(names)}: rows need input_ids, or the columns "
+            f"of a known form ({self.known_forms()})"
+        )
+
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None and self._model is not None:
+            self.tokenizer = local_tokenizer(getattr(self._model, "name_or_path", None))
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise InputError(
+                f"{name} holds raw rows, but the trainer has no tokenizer to make tokens of them: "
+                "pass processing_class="
+            )
+        return self.tokenizer
+
+    def _max_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        limits = [tokenizer.model_max_length, self._positions or DEFAULT_MAX_LENGTH]
+        wanted = self.args.max_length
+        return min(DEFAULT_MAX_LENGTH, *limits) if wanted is None else wanted
