@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -48,16 +49,24 @@ OTHER_HEADS = _names(
     auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
 )
-# Keywords of `from_pretrained` that decide which config is read.
+# Keywords of `from_pretrained` that decide which files are read.
 WHERE = (
     "revision", "code_revision", "subfolder", "cache_dir", "token", "trust_remote_code",
-    "local_files_only", "force_download",
+    "local_files_only", "force_download", "gguf_file",
 )  # fmt: skip
 
 
 def model_types(task: str) -> set[str]:
     """The `model_type` of each config that transformers has a model of the task for."""
     return {kind for kind in _LOADERS[task][1] if kind in CONFIG_MAPPING}
+
+
+def which_files(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords of `from_pretrained` that decide which files are read.
+
+    A config and a tokenizer are read with the same ones as their model.
+    """
+    return {key: kwargs[key] for key in WHERE if key in kwargs}
 
 
 def has_head(model: Any, task: str) -> bool:
@@ -69,7 +78,7 @@ def loader(name: str, task: str | None, **kwargs: Any) -> Any:
     """The auto class for an id or a folder: of the task, or of the class that it was saved from."""
     if task is not None:
         return HEADS[task][0]
-    config = AutoConfig.from_pretrained(name, **{k: v for k, v in kwargs.items() if k in WHERE})
+    config = AutoConfig.from_pretrained(name, **which_files(kwargs))
     return auto_class(config, None)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import (
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_distill.errors import InputError
 from hf_distill.models.heads import loader
+
+# What the readers of checkpoints raise, the last two for a broken GGUF file.
+UNREADABLE = (OSError, ValueError, KeyError, struct.error)
 
 
 def load_model(
@@ -30,15 +37,22 @@ def load_model(
         causal language modelling
     new_head: whether it may be given a new head for classes or answers, which it will learn; by
         default only a student may
-    kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...)
+    kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...). The weights
+        of a ``gguf_file`` are unpacked, so that the model is an ordinary one
     raises: InputError if it cannot be reached, or has no head of its own
     """
+    check_gguf(kwargs)
+    unpacked = bool(kwargs.get("gguf_file")) and not kwargs.get("quantization_config")
+    if unpacked:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
     try:
         kind = loader(str(name), task, **kwargs)
         loaded: Any = kind.from_pretrained(str(name), output_loading_info=True, **kwargs)
         model, report = loaded
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(not_found(role, name, error)) from error
+    if unpacked:
+        _forget_gguf(model, f"{name}/{kwargs['gguf_file']}")
     missing, head = set(report["missing_keys"]), model.get_output_embeddings()
     if head is None:
         new = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]
@@ -60,10 +74,15 @@ def load_model(
 
 
 def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub id or a local folder; InputError if it cannot be reached."""
+    """The tokenizer of a Hub id or a local folder; InputError if it cannot be reached.
+
+    kwargs: passed to ``from_pretrained``. With ``gguf_file`` it comes from that file, with its chat
+        template
+    """
+    check_gguf(kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **kwargs)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(not_found(f"{role}'s tokenizer", name, error)) from error
     if not _has_tokens(tokenizer):
         raise InputError(
@@ -74,12 +93,18 @@ def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedToke
 
 
 def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that is on this machine, or None. Never downloads."""
+    """The tokenizer of a model that is on this machine, or None. Never downloads.
+
+    name: an id, a folder, or a GGUF file in one of them, as `load_model` leaves it in a model
+    """
     if not name:
         return None
+    kwargs = {}
+    if name.endswith(".gguf"):
+        name, _, kwargs["gguf_file"] = name.rpartition("/")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, **kwargs)
+    except UNREADABLE:
         return None
     return tokenizer if _has_tokens(tokenizer) else None
 
@@ -87,6 +112,25 @@ def local_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
 def _has_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     """False for the tokenizer without tokens that AutoTokenizer makes of a model-only folder."""
     return len(tokenizer) > len(tokenizer.added_tokens_decoder)
+
+
+def check_gguf(kwargs: Mapping[str, Any]) -> None:
+    """InputError where a GGUF file is asked for that cannot be read without another package."""
+    if kwargs.get("gguf_file") and find_spec("gguf") is None:
+        raise InputError(
+            f"gguf_file={kwargs['gguf_file']!r} needs the package gguf: run "
+            "`pip install 'hf-distill[gguf]'`"
+        )
+
+
+def _forget_gguf(model: Any, name: str) -> None:
+    """Remove what loading from a GGUF file leaves in a config, which would be saved with students.
+
+    name: the file with its folder or id, by which `local_tokenizer` finds the tokenizer
+    """
+    for left in ("quantization_config", "_model_name_or_path"):
+        vars(model.config).pop(left, None)
+    model.name_or_path = model.config.name_or_path = name
 
 
 def not_found(role: str, name: str | Path, error: Exception) -> str:

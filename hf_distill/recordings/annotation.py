@@ -26,6 +26,7 @@ from hf_distill.errors import InputError
 from hf_distill.models.engines import made_whole, one_accelerator
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.generation import Generator
+from hf_distill.models.heads import which_files
 from hf_distill.models.loading import load_model, load_tokenizer, local_tokenizer
 from hf_distill.recordings.annotation_writer import AnnotationWriter
 from hf_distill.recordings.filling import Bar, fill, in_cache, on_main_first
@@ -151,7 +152,7 @@ def _teacher(
     if isinstance(teacher, str | Path):
         with made_whole():
             model = load_model(teacher, "teacher", **kwargs)
-        tokenizer = tokenizer or load_tokenizer(teacher, "teacher")
+        tokenizer = tokenizer or load_tokenizer(teacher, "teacher", **which_files(kwargs))
     else:
         model = teacher
         tokenizer = tokenizer or local_tokenizer(model.config.name_or_path)

@@ -24,8 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_distill.errors import InputError
 from hf_distill.models.engines import made_whole
-from hf_distill.models.heads import WHERE, auto_class
-from hf_distill.models.loading import load_model, not_found
+from hf_distill.models.heads import auto_class, which_files
+from hf_distill.models.loading import UNREADABLE, check_gguf, load_model, not_found
 
 PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
 # Up to this share of a device's memory a teacher is replicated: gathering costs time at every step.
@@ -91,10 +91,9 @@ def load_placed(
 def size_of(name: str | Path, task: str | None = None, **kwargs: Any) -> int | None:
     """The bytes of a model's weights, by its config; None if it is quantised."""
     try:
-        config = AutoConfig.from_pretrained(
-            str(name), **{key: kwargs[key] for key in WHERE if key in kwargs}
-        )
-    except (OSError, ValueError) as error:
+        check_gguf(kwargs)
+        config = AutoConfig.from_pretrained(str(name), **which_files(kwargs))
+    except UNREADABLE as error:
         raise InputError(not_found("teacher", name, error)) from error
     if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
         return None

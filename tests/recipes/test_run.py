@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_setup import FILE, TEMPLATE, write_gguf
 from hub_server import USER, HubServer
 from peft import AutoPeftModelForCausalLM
 from run_setup import ROLES, ROOT, environment, invoke, metrics, quality, run, start, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from hf_distill.recipes import load_recipe
+from hf_distill.recipes.planning.trial import _configs
 
 STAGES = (
     "prepare", "teacher", "record", "student", "baseline", "train", "evaluate", "report",
@@ -89,6 +93,39 @@ def test_a_student_of_the_most_influential_layers(recipe: Path, finished: Path) 
     assert report["initial_perplexity"] > report["teacher_perplexity"] > 1
     assert AutoModelForCausalLM.from_pretrained(made).config.n_layer == 1
     assert "block influence in transformer.h" in done.output
+
+
+def test_a_teacher_from_a_gguf_file(recipe: Path) -> None:
+    """Recorded, taught from, and cut to students that are ordinary checkpoints."""
+    folder = recipe.with_name("gguf")
+    texts = [path.read_text() for path in sorted(recipe.with_name("text").iterdir())]
+    original, _ = write_gguf(folder, texts)
+    other = recipe.with_name("from_gguf.yaml")
+    data = recipe.read_text().partition("data: ")[2].partition("\n")[0]
+    other.write_text(
+        f"""
+seed: 0
+data: {data}
+teacher: {{model: {folder}, model_kwargs: {{gguf_file: {FILE}}}}}
+record: {{k: 8}}
+student: {{layers: influence, num_layers: 2}}
+baseline: false
+train: {{alpha: 0.9, max_steps: 4, learning_rate: 1e-3, bf16: false}}
+evaluate: {{prompts: 1, max_new_tokens: 4, speed: false}}
+"""
+    )
+    done = run(other)
+    assert done.exit_code == 0, done.output
+    made = recipe.parent / "runs" / "from_gguf"
+    found = metrics(made)
+    assert found["teacher"]["parameters"] == original.num_parameters()
+    assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
+    for role in ("student_initial", "student"):
+        assert "gguf" not in (made / role / "config.json").read_text()
+        assert AutoModelForCausalLM.from_pretrained(made / role).config.num_hidden_layers == 2
+        assert AutoTokenizer.from_pretrained(made / role).chat_template == TEMPLATE
+    configs = _configs(load_recipe(other))
+    assert [config.num_hidden_layers for config in configs] == [2, 3]
 
 
 def test_both_trainings_begin_alike_and_differ_in_the_objective(finished: Path) -> None:

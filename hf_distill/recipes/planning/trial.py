@@ -12,7 +12,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +30,17 @@ from hf_distill.errors import InputError, silence_libraries
 from hf_distill.evaluation.performance import PeakMemory
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
+from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import Stack, choose_layers
-from hf_distill.recipes import Recipe, arguments, dump_recipe, parse_recipe
+from hf_distill.models.loading import UNREADABLE, check_gguf
+from hf_distill.recipes import (
+    Recipe,
+    StudentSection,
+    TeacherSection,
+    arguments,
+    dump_recipe,
+    parse_recipe,
+)
 from hf_distill.recipes.planning.arithmetic import Measures, extrapolated
 from hf_distill.recipes.stages.inputs import micro_batches, training_arguments
 from hf_distill.recipes.stages.models import teaches_itself, with_adapters
@@ -241,10 +249,10 @@ def _is_small(recipe: Recipe, student: _Sizes, teacher: _Sizes) -> bool:
 
 
 def _configs(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    teacher = _config(recipe, recipe.teacher.config, recipe.teacher.model)
+    teacher = _config(recipe, recipe.teacher)
     section = recipe.student
     if section.layers is None:
-        return _config(recipe, section.config, section.model), teacher
+        return _config(recipe, section), teacher
     stack = Stack("layers", "layers", teacher.num_hidden_layers)
     # The plan needs their number only, so any scores will do.
     scores = {stack: [0.0] * stack.length}
@@ -252,11 +260,13 @@ def _configs(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     return _cut(teacher, len(chosen[stack])), teacher
 
 
-def _config(recipe: Recipe, settings: Mapping[str, Any] | None, name: str | None) -> Any:
+def _config(recipe: Recipe, section: StudentSection | TeacherSection) -> Any:
+    settings, name = section.config, section.model
     if settings is None:
         try:
-            return AutoConfig.from_pretrained(str(name))
-        except (OSError, ValueError) as error:
+            check_gguf(section.model_kwargs)
+            return AutoConfig.from_pretrained(str(name), **which_files(section.model_kwargs))
+        except UNREADABLE as error:
             raise InputError(
                 f"{name!r} cannot be planned for, since its config cannot be read: give a local "
                 "folder, or check the id and the connection to the Hub"
@@ -284,7 +294,7 @@ def _dtype(recipe: Recipe, role: str) -> torch.dtype:
     name = getattr(recipe, role).model_kwargs.get("dtype")
     name = None if name == "auto" else name  # as the checkpoint has it
     if name is None and role == "teacher" and recipe.teacher.model is not None:
-        return AutoConfig.from_pretrained(recipe.teacher.model).dtype or torch.float32
+        return _config(recipe, recipe.teacher).dtype or torch.float32
     return getattr(torch, str(name).removeprefix("torch.")) if name else torch.float32
 
 

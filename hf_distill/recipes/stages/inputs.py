@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from hf_distill.data import DataConfig, check_max_length
 from hf_distill.data.sources import find_files, hub_id
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import max_positions, model_from_config
-from hf_distill.models.heads import model_types
-from hf_distill.models.loading import load_tokenizer
+from hf_distill.models.heads import model_types, which_files
+from hf_distill.models.loading import UNREADABLE, check_gguf, load_tokenizer
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recipes import (
     PretrainSection,
@@ -107,15 +107,15 @@ def check_arguments(recipe: Recipe) -> None:
 # ---- Models, tokenizers and data sets ----
 
 
-def tokenizer_source(recipe: Recipe) -> tuple[str, str | None] | None:
-    """The model whose tokenizer is used, and its revision; None where one is trained."""
+def tokenizer_source(recipe: Recipe) -> tuple[str, dict[str, Any]] | None:
+    """The model whose tokenizer is used, and which of its files; None where one is trained."""
     if recipe.tokenizer.vocab_size is not None:
         return None
     if recipe.tokenizer.model is not None:
-        return recipe.tokenizer.model, None
+        return recipe.tokenizer.model, {}
     section = recipe.student if recipe.student.model is not None else recipe.teacher
     assert section.model is not None  # the recipe is refused without one
-    return section.model, revision_of(section)
+    return section.model, which_files(section.model_kwargs)
 
 
 def revision_of(section: StudentSection | TeacherSection) -> str | None:
@@ -131,7 +131,7 @@ def check_sources(recipe: Recipe) -> None:
     for role in ("teacher", "student"):
         section = getattr(recipe, role)
         if section.model is not None:
-            _check_model(recipe, role, section.model, revision_of(section))
+            _check_model(recipe, role, section.model, section.model_kwargs)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
     for places in (recipe.data.train, recipe.data.eval):
@@ -142,9 +142,8 @@ def check_sources(recipe: Recipe) -> None:
 def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """InputError where the tokenizer does not fit a model, or a model its rows."""
     if recipe.teacher.model is not None:
-        theirs = load_tokenizer(
-            recipe.teacher.model, "teacher", revision=revision_of(recipe.teacher)
-        )
+        files = which_files(recipe.teacher.model_kwargs)
+        theirs = load_tokenizer(recipe.teacher.model, "teacher", **files)
         shared_vocabulary(len(tokenizer), len(theirs), tokenizer, theirs)
     for section in (recipe.teacher, recipe.student):
         if section.config is not None:
@@ -157,12 +156,13 @@ def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def _check_model(recipe: Recipe, role: str, name: str, revision: str | None) -> None:
+def _check_model(recipe: Recipe, role: str, name: str, kwargs: Mapping[str, Any]) -> None:
     if not _is_local(name):
-        _check_reachable("model", role, name, revision)
+        _check_reachable("model", role, name, kwargs.get("revision"))
+    check_gguf(kwargs)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, **which_files(kwargs))
+    except UNREADABLE as error:
         raise InputError(
             f"{role} {name!r} cannot be loaded ({_first_line(error)}): "
             "give a local folder, or check the id and the connection to the Hub"

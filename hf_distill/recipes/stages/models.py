@@ -14,6 +14,7 @@ from hf_distill.data import Labels, TaskCollator, check_max_length, collator, la
 from hf_distill.models.engines import made_whole
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_and_report
+from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import uses_influence
 from hf_distill.models.loading import load_model, load_tokenizer
 from hf_distill.models.student_report import StudentReport
@@ -44,7 +45,7 @@ def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
     section = run.recipe.teacher
     if section.model is None or section.is_trained_here:
         return tokenizer_of(run)
-    return load_tokenizer(section.model, "teacher", revision=revision_of(section))
+    return load_tokenizer(section.model, "teacher", **which_files(section.model_kwargs))
 
 
 def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -101,9 +102,9 @@ def teaches_itself(recipe: Recipe) -> bool:
     teacher, student = recipe.teacher, recipe.student
     same = teacher.model is not None and teacher.model == student.model
     same = same and not teacher.is_trained_here
-    versions = {revision_of(section) for section in (teacher, student)}
+    files, others = (which_files(section.model_kwargs) for section in (teacher, student))
     quantised = [s.model_kwargs.get("quantization_config") for s in (teacher, student)]
-    return same and student.lora is not None and len(versions) == 1 and quantised[0] == quantised[1]
+    return same and student.lora is not None and files == others and quantised[0] == quantised[1]
 
 
 def new_model(run: Run, config: dict[str, Any]) -> PreTrainedModel:
@@ -185,8 +186,10 @@ def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     lora = section.lora
     assert lora is not None
     # The adapter stores the name of its base model: the original id instead of the copy in the run
-    # folder; a folder by its whole path, since adapters are loaded from anywhere.
-    name = section.model or model.name_or_path
+    # folder, which peft could not read from a GGUF file; a folder by its whole path, since adapters
+    # are loaded from anywhere.
+    original = None if "gguf_file" in section.model_kwargs else section.model
+    name = original or model.name_or_path
     model.name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}

@@ -63,8 +63,8 @@ def prepare_data(run: Run, result: Path) -> None:
 def _tokenizer(recipe: Recipe, rows: Any) -> PreTrainedTokenizerBase:
     source = tokenizer_source(recipe)
     if source is not None:
-        name, revision = source
-        return load_tokenizer(name, "student", revision=revision)
+        name, files = source
+        return load_tokenizer(name, "student", **files)
     assert recipe.tokenizer.vocab_size is not None
     return train_tokenizer(
         text_iterator(rows),
