@@ -32,7 +32,7 @@ RAW: dict[str, list[dict[str, Any]]] = {
     ],
     "question-answering": [
         {
-            "question": "who sat ?",
+            "question": ("who sat ?", "who slept on the red bed ?", "the fox ?")[n % 3],
             "context": "the cats sat on the red mat ; the dog slept on the bed ; " * (1 + n % 2),
             "answers": {"text": ["cats"][: min(n, 1)], "answer_start": [4][: min(n, 1)]},
         }

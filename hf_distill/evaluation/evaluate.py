@@ -1,43 +1,36 @@
 """Evaluate a model beside its teacher on held-out rows: quality, size, speed and memory.
 
-Quality is computed from sums by row (`evaluation.row_sums`), gathered over all processes, so that
-no figure depends on the batch size or on the number of processes. Speed and memory are measured on
-the main process while the others wait.
+Quality is computed from columns by row (`evaluation.task_measures`), gathered over all processes,
+so that no figure depends on the batch size or on the number of processes. Speed and memory are
+measured on the main process while the others wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.data import collator
+from hf_distill.data import TaskCollator, collator, mask_rows
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance
-from hf_distill.evaluation.metrics import (
-    BitsPerByte,
-    CalibrationError,
-    Perplexity,
-    RowMetric,
-    TeacherAgreement,
-)
-from hf_distill.evaluation.row_sums import row_sums, text_bytes
-from hf_distill.losses.signals import Sampled, TopK
-from hf_distill.losses.targets import Targets
-from hf_distill.models import vocabulary
+from hf_distill.evaluation.pair import Pair
+from hf_distill.evaluation.task_measures import Measure, task_measures
+from hf_distill.evaluation.writing import Texts
+from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import one_accelerator
 from hf_distill.models.from_scratch import max_positions
-from hf_distill.tasks import find_task
-from hf_distill.teachers import AdapterTeacher, LiveTeacher, Teacher, as_teacher
-from hf_distill.teachers.placement import placed_by_itself
+from hf_distill.tasks import CausalLM, MaskedLM, Seq2SeqLM, Task
+from hf_distill.teachers import Teacher
 
 Batch = Mapping[str, Any]
 T = TypeVar("T")
@@ -50,6 +43,8 @@ def evaluate_student(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    references: Any = None,
+    generate: Mapping[str, Any] | None = None,
     data_collator: Callable[[list[Any]], Batch] | None = None,
     batch_size: int = 8,
     shared_vocabulary: int | None = None,
@@ -59,131 +54,109 @@ def evaluate_student(
 ) -> dict[str, float]:
     """Measure a model beside its teacher: quality, size, speed and memory.
 
-    student: a causal language model; for the teacher's own figures, the teacher
+    student: a model of any task; for the teacher's own figures, the teacher
     teacher: None leaves out the figures that compare with it. Both models run in eval mode, in
         their own dtype (and the accelerator's mixed precision, if it has one). Their modes and
         flags are restored afterwards; they stay on the accelerator's device.
-    dataset: rows with input_ids, labels, and perhaps attention_mask, position_ids
-    data_collator: rows to a padded batch; default `hf_distill.data.collator(tokenizer)`
+    dataset: rows with input_ids and the labels of the task, and perhaps attention_mask,
+        position_ids. Rows for masked language modelling without labels are masked once
+    references: for question answering, the questions that the rows are windows of, which adds
+        `exact_match` and `f1`; with `generate`, the target texts, by default what the labels spell
+    generate: for an encoder-decoder, lets it write: keywords of its `generate`, {} for its own
+        settings; adds `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, `bleu`, `chrf`
+    data_collator: rows to a padded batch; default `hf_distill.data.collator(tokenizer)`, for other
+        tasks than causal language modelling `TaskCollator`
     batch_size: rows at a time on each process
     shared_vocabulary: how many ids, from 0 on, mean the same to both, for KL and agreement;
         default: what both heads and the tokenizer have, checked where the teacher's is known
-    speed: measure also prefill, decoding and peak memory, about a second for a small model
-    returns: `perplexity`, `ce` (nats a target), `bits_per_byte`, `kl_to_teacher` (nats a target),
-        `top1_agreement`, `calibration_error`, `targets`, `parameters`, `size_mb`; with `speed` also
-        `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_mb`; the same on every process.
-        docs/evaluation.md defines each.
-    raises: InputError for rows without targets, ids that a model lacks, a loss that is not finite
+    speed: measure also speed and peak memory, about a second for a small model
+    returns: `targets`; `ce` and `kl_to_teacher` (nats a target), `top1_agreement` and
+        `calibration_error`; over a vocabulary also `perplexity`, and `bits_per_byte` where targets
+        spell text; the metrics of the task; `parameters`, `size_mb`; with `speed` also
+        `peak_memory_mb` and `prefill_tokens_per_s`, `decode_tokens_per_s`, or `examples_per_s` of a
+        model that does not write; the same on every process. docs/evaluation.md defines each.
+    raises: InputError for rows without targets, ids or classes that a model lacks, a loss that is
+        not finite
     """
-    collate = data_collator or collator(tokenizer)
-    with one_accelerator(accelerator) as accelerator, _as_they_were(student, teacher):
-        batches = _batches(dataset, collate, batch_size, accelerator)
-        pair = _Pair(student, teacher, accelerator)
+    with one_accelerator(accelerator) as accelerator, as_they_were(student, teacher):
+        pair = Pair(student, teacher, accelerator)
         if shared_vocabulary is None:
-            shared_vocabulary = pair.shared_vocabulary(tokenizer)
-        shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
-        figures = _quality(pair, shown, tokenizer, shared_vocabulary, accelerator)
+            shared_vocabulary = pair.shared_outcomes(tokenizer)
+        rows = prepared(pair.task, dataset, tokenizer, masked=data_collator is None)
+        measures = task_measures(pair.task, tokenizer, shared_vocabulary, rows, references)
+        if generate is not None:
+            measures.append(_texts(pair, tokenizer, generate, references, accelerator))
+        collate = data_collator or default_collator(pair.task, tokenizer)
+        figures = measure(pair, rows, collate, measures, accelerator, batch_size, description)
         figures |= performance.size(pair.plain)
         if speed and not pair.together:  # what is in shards is asked by all processes at once
-            figures |= _on_main(accelerator, lambda: performance.speed(pair.plain))
+            writes = isinstance(pair.task, CausalLM | Seq2SeqLM)
+            timed = performance.speed if writes else performance.forward_speed
+            figures |= _on_main(accelerator, lambda: timed(pair.plain))
     return figures
 
 
-class _Pair:
-    """A student and its teacher, run on the same batches."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | Teacher | str | None,
-        accelerator: Accelerator,
-    ) -> None:
-        self.plain = accelerator.unwrap_model(student)
-        self.task = find_task(self.plain, "student")
-        self.wrapped = student.eval()
-        self.student = self.task.runner(self.plain, "model")
-        self.student.autocast = accelerator.autocast
-        found = None if teacher is student else as_teacher(teacher)
-        if found is not None:
-            found.prepare(accelerator, student_reads=self.student.embedding_rows)
-        live = isinstance(found, LiveTeacher) and not isinstance(found, AdapterTeacher)
-        own = live and getattr(found, "model", None) is student
-        self.together = own and getattr(found, "together", False)
-        self._itself = own or teacher is student
-        self.teacher = None if self._itself else found
-        if not own and not placed_by_itself(self.plain):
-            student.to(accelerator.device)
-
-    def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The number of ids that mean the same to both; InputError if their tokens differ."""
-        if self.teacher is None:
-            return self.student.outcomes
-        return vocabulary.shared_vocabulary(
-            self.student.outcomes, self.teacher.rows, tokenizer, self.teacher.tokenizer
-        )
-
-    def logits(self, batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """The logits of student and teacher at the targets, (targets, vocabulary) each.
-
-        A model that is its own teacher is run once, so that it agrees with itself exactly.
-        """
-        inputs = self.task.model_inputs(batch)
-        ours = self.student.signal(inputs, targets, self.wrapped).logits.to(targets.index.device)
-        if self._itself:
-            return ours, ours
-        if self.teacher is None:
-            return ours, None
-        signal = self.teacher.signal(inputs, targets)
-        if isinstance(signal, Sampled | TopK):
-            raise InputError(
-                f"the teacher {self.teacher.name!r} gives only some ids of its distributions, but "
-                "these figures compare whole distributions: evaluate with a live teacher"
-            )
-        return ours, signal.logits.to(ours.device)
-
-
-def _quality(
-    pair: _Pair,
-    batches: Iterable[Batch],
-    tokenizer: PreTrainedTokenizerBase,
-    shared_vocabulary: int,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    metrics: list[RowMetric] = [Perplexity(), CalibrationError()]
-    if pair.task.fused:  # labels are tokens, which spell a text
-        metrics.insert(1, BitsPerByte())
-    rows = targets = 0
-    for batch in batches:
-        if not pair.task.has_labels(batch):
-            raise InputError(
-                f"the evaluation batch has no labels, only {', '.join(batch)}: add a labels "
-                "column, or pass a data_collator that makes one"
-            )
-        labels = pair.task.labels(batch)
-        ours, theirs = pair.logits(batch, pair.task.targets(batch))
-        if theirs is not None and not any(isinstance(m, TeacherAgreement) for m in metrics):
-            metrics.append(TeacherAgreement())
-        sums = row_sums(ours, theirs, labels, shared_vocabulary)
-        if pair.task.fused:
-            sums["bytes"] = text_bytes(labels, tokenizer)
-        sums = {k: v.cpu() for k, v in accelerator.gather_for_metrics(sums).items()}
-        _refuse_non_finite(sums, rows)
-        for metric in metrics:
-            metric.add_batch(**{name: sums[name].numpy() for name in metric.columns})
-        rows += len(sums["targets"])
-        targets += int(sums["targets"].sum())
-    figures: dict[str, float] = {"targets": targets}
-    for metric in metrics:
-        figures |= metric.compute()
-    return figures
-
-
-def _batches(
+def measure(
+    pair: Pair,
     dataset: Any,
     data_collator: Callable[[list[Any]], Batch],
-    batch_size: int,
+    measures: Sequence[Measure],
     accelerator: Accelerator,
-) -> DataLoader[Any]:
+    batch_size: int,
+    description: str,
+) -> dict[str, float]:
+    """Run student and teacher on all rows, and return the figures of all measures."""
+    batches = _batches(dataset, data_collator, batch_size, accelerator)
+    shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
+    for batch in shown:
+        outputs = pair.outputs(batch)
+        for one in measures:
+            columns = one.columns(outputs)
+            for name in one.widths_differ & columns.keys():
+                columns[name] = accelerator.pad_across_processes(
+                    columns[name], dim=1, pad_index=IGNORE
+                )
+            gathered = accelerator.gather_for_metrics(columns)
+            one.add({name: values.cpu() for name, values in gathered.items()})
+    figures: dict[str, float] = {}
+    for one in measures:
+        figures |= one.figures()
+    return figures
+
+
+def _texts(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    references: Any,
+    accelerator: Accelerator,
+) -> Texts:
+    if not isinstance(pair.task, Seq2SeqLM):
+        raise InputError(
+            f"generate is given, but the model is for {pair.task.name}: only an encoder-decoder "
+            "writes targets of its own"
+        )
+    if pair.together:
+        raise InputError(
+            "generate is given, but the model is in shards over all processes, which would have "
+            "to write together: evaluate it on one process"
+        )
+    return Texts(pair.plain, tokenizer, settings, references, accelerator.autocast)
+
+
+def default_collator(
+    task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[Any]], Batch]:
+    """The collator of rows of a task."""
+    return collator(tokenizer) if isinstance(task, CausalLM) else TaskCollator(task.key, tokenizer)
+
+
+def prepared(task: Task, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> Any:
+    """The rows; for masked language modelling with masks, so that all models see the same ones.
+
+    masked: whether to mask rows that have no labels
+    raises: InputError for no rows, or a stream
+    """
     if not isinstance(dataset, Sized):
         raise InputError(
             f"the evaluation rows are a {type(dataset).__name__}, which cannot be counted: give a "
@@ -192,12 +165,24 @@ def _batches(
     if len(dataset) == 0:
         raise InputError("there are no evaluation rows: give data.eval, or a larger eval_fraction")
     rows: Any = dataset
+    if not masked or not isinstance(task, MaskedLM) or "labels" in rows[0]:
+        return rows
+    rows = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
+    return mask_rows(rows, tokenizer)
+
+
+def _batches(
+    rows: Any,
+    data_collator: Callable[[list[Any]], Batch],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> DataLoader[Any]:
     loader: DataLoader[Any] = DataLoader(rows, batch_size, collate_fn=data_collator)
     return accelerator.prepare_data_loader(loader)
 
 
 @contextmanager
-def _as_they_were(*models: Any) -> Iterator[None]:
+def as_they_were(*models: Any) -> Iterator[None]:
     """Whatever happens inside, modes and gradient flags are afterwards what they were."""
     models = tuple(model for model in models if isinstance(model, nn.Module))
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -209,17 +194,6 @@ def _as_they_were(*models: Any) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _refuse_non_finite(sums: Mapping[str, Tensor], rows_before: int) -> None:
-    for name, what in (("nll", "model's loss"), ("kl", "KL to the teacher")):
-        if name in sums and not sums[name].isfinite().all():
-            row = int((~sums[name].isfinite()).nonzero()[0])
-            raise InputError(
-                f"the {what} is {sums[name][row].item()} in evaluation row {rows_before + row}: "
-                "the weights have diverged, or their dtype is too narrow (load the model in "
-                "float32 or bfloat16)"
-            )
 
 
 def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -253,7 +227,7 @@ def continuations(
     raises: InputError for a prompt that leaves a model no position at all
     """
     table = []
-    with _as_they_were(*models.values()):
+    with as_they_were(*models.values()):
         for prompt in prompts:
             ids = {"prompt": list(prompt)}
             for name, model in models.items():

@@ -1,4 +1,4 @@
-"""`evaluate` metrics of language models, made of sums by row.
+"""`evaluate` metrics of predicted distributions, made of sums by row.
 
 They are instantiated as they are (`Perplexity()`), so nothing is downloaded, and take columns of
 `hf_distill.evaluation.row_sums` through `add_batch` or `compute`, as any metric of `evaluate` does:
@@ -47,6 +47,15 @@ class RowMetric(evaluate.Metric):
         )
 
 
+class CrossEntropy(RowMetric):
+    """`ce`: mean negative log-likelihood of a target that has a label, in nats."""
+
+    columns: ClassVar = {"nll": _SUM, "labelled": _COUNT}
+
+    def _compute(self, nll: Sequence[float], labelled: Sequence[int]) -> dict[str, float]:
+        return {"ce": math.fsum(nll) / _at_least_one(sum(labelled))}
+
+
 class Perplexity(RowMetric):
     """`ce`: mean negative log-likelihood of a target, in nats; `perplexity`: exp(ce)."""
 
@@ -79,7 +88,7 @@ class BitsPerByte(RowMetric):
 
 class TeacherAgreement(RowMetric):
     """`kl_to_teacher`: KL(teacher || student) in nats a target; `top1_agreement`: share of
-    targets at which both have the same most likely token."""
+    targets at which both have the same most likely outcome."""
 
     columns: ClassVar = {"kl": _SUM, "agreed": _COUNT, "targets": _COUNT}
 

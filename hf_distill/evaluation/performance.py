@@ -27,6 +27,7 @@ from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.vocabulary import embedding_rows
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
+EXAMPLES = 8
 REPEATS = 5
 BUDGET_S = 30.0
 """After this many seconds a slow model is not timed again."""
@@ -109,17 +110,55 @@ def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> floa
     """
     few = min(4, tokens - 1)
     prompt = _random_prompt(model, tokens - few)
+    return _peak_mb(model, lambda: _generate(model, prompt, few))
+
+
+@torch.no_grad()
+def forward_speed(
+    model: Any,
+    *,
+    tokens: int = PROMPT_TOKENS,
+    examples: int = EXAMPLES,
+    repeats: int = REPEATS,
+    budget_s: float = BUDGET_S,
+) -> dict[str, float]:
+    """Speed and memory of a model in eval mode that reads, and writes nothing.
+
+    tokens: of each example, cut to the model's positions; examples: read together
+    returns: `examples_per_s`, a median after a warm-up, and `peak_memory_mb` of one such forward,
+        which is counted as in `peak_memory_mb`
+    """
+    started = time.perf_counter()
+    # RoBERTa and its relatives reserve two positions.
+    limit = max_positions(model.config) or tokens + 2
+    ids = _random_prompt(model, max(1, min(tokens, limit - 2)), rows=examples)
+
+    def read() -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    read()
+    times: list[float] = []
+    while not times or (len(times) < repeats and time.perf_counter() - started < budget_s):
+        times.append(_seconds(model, read))
+    return {
+        "examples_per_s": examples / statistics.median(times),
+        "peak_memory_mb": _peak_mb(model, read),
+    }
+
+
+def _peak_mb(model: Any, work: Callable[[], None]) -> float:
+    """The model's own weights, and the most that some work holds beside them, in MB."""
     own = [*model.parameters(), *model.buffers()]
     devices = {tensor.device for tensor in own}
     if all(device.type == "cuda" for device in devices):
         before = {device: torch.cuda.memory_allocated(device) for device in devices}
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        _generate(model, prompt, few)
+        work()
         peak = sum(torch.cuda.max_memory_allocated(d) - held for d, held in before.items())
     else:
         with _HeldBytes(own) as held_bytes:
-            _generate(model, prompt, few)
+            work()
         peak = held_bytes.peak
     return (_bytes(own) + peak) / MB
 
@@ -217,9 +256,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
-def _random_prompt(model: Any, tokens: int) -> Tensor:
+def _random_prompt(model: Any, tokens: int, rows: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
-    ids = torch.randint(embedding_rows(model), (1, tokens), generator=generator)
+    ids = torch.randint(embedding_rows(model), (rows, tokens), generator=generator)
+    # Some classifiers refuse, or look for, padding.
+    padding = model.config.get_text_config().pad_token_id
+    ids = ids if rows == 1 or padding is None else ids.masked_fill(ids == padding, padding + 1)
     return ids.to(model.device)
 
 
@@ -227,7 +269,10 @@ def _prefill(model: Any, prompt: Tensor) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # As generation does it: only the last position's logits are wanted.
     last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-    model(input_ids=prompt, use_cache=True, **({"logits_to_keep": 1} if last_only else {}))
+    options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+    if model.config.is_encoder_decoder:  # the encoder reads the prompt, the decoder begins
+        options["decoder_input_ids"] = torch.zeros_like(prompt[:, :1])
+    model(input_ids=prompt, use_cache=True, **options)
 
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> None:

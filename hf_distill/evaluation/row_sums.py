@@ -18,23 +18,31 @@ from hf_distill.losses.targets import IGNORE, sum_by_row
 BINS = 15
 """Equal-width bins of confidence for the calibration error. Source: arXiv:1706.04599."""
 
+OF_LABELS = ("nll", "count", "confidence", "correct")  # values of targets that have a label
+
 CHUNK_ELEMENTS = 2**22
 """Logits looked at together, so that no float32 copy of a whole batch is ever made."""
 
 
 @torch.no_grad()
 def row_sums(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    shared: int,
+    labelled: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the targets of each row, from which the metrics are computed.
 
-    student, teacher: (targets, vocabulary) logits of all targets, row after row, in any floating
-        dtype; the vocabularies may differ in size; without a teacher `kl` and `agreed` are left out
+    student, teacher: (targets, outcomes) logits of all targets, row after row, in any floating
+        dtype; vocabularies may differ in size; without a teacher `kl` and `agreed` are left out
     labels: (rows, positions) int64, already shifted, `IGNORE` where nothing is predicted
-    shared: the first so many ids mean the same to both, and carry KL and agreement
-    returns: (rows,) `nll` and `kl` in nats, float64; `targets` and `agreed` counts, int64; and
-        (rows, BINS), by the student's top-1 confidence, `bin_count` and `bin_correct` counts and
-        the sum `bin_confidence`
+    shared: the first so many outcomes mean the same to both, and carry KL and agreement
+    labelled: (targets,) bool, which targets have a label; the others, whose label is any outcome,
+        count for KL and agreement only; None where all have one
+    returns: (rows,) `nll` and `kl` in nats, float64; `targets`, `labelled` and `agreed` counts,
+        int64; and (rows, BINS), by the student's top-1 confidence, `bin_count` and `bin_correct`
+        counts and the sum `bin_confidence`
     raises: InputError for a label beyond the student's head, or a `shared` beyond either head
     """
     _check(student, teacher, labels, shared)
@@ -43,11 +51,14 @@ def row_sums(
     sums: dict[str, Tensor] = {}
     # Without any target there is still one chunk, an empty one.
     chunk = max(1, CHUNK_ELEMENTS // student.shape[-1])
-    columns = (student, student if teacher is None else teacher, labels[mask], row_of)
-    for ours, theirs, label, row in zip(*(c.split(chunk) for c in columns), strict=True):
+    known = torch.ones_like(row_of, dtype=torch.bool) if labelled is None else labelled
+    columns = (student, student if teacher is None else teacher, labels[mask], row_of, known)
+    for ours, theirs, label, row, has_label in zip(*(c.split(chunk) for c in columns), strict=True):
         # The same object, so that a model agrees with itself exactly.
         other = None if teacher is None else ours if teacher is student else theirs
         values, bins = _judge(ours, other, label, shared)
+        for name in OF_LABELS:
+            values[name] = values[name].where(has_label, 0.0)
         found = {name: sum_by_row(value, row, rows) for name, value in values.items()}
         for name in ("count", "confidence", "correct"):
             binned = sum_by_row(values[name], row * BINS + bins, rows * BINS)
@@ -57,7 +68,7 @@ def row_sums(
     for name in ("agreed", "bin_count", "bin_correct"):
         if name in sums:
             sums[name] = sums[name].long()
-    return sums | {"targets": mask.sum(-1)}
+    return sums | {"targets": mask.sum(-1), "labelled": sum_by_row(known, row_of, rows).long()}
 
 
 def _judge(
