@@ -156,10 +156,10 @@ def test_rows_longer_than_a_model(saved: Path) -> None:
 
 
 def test_whose_tokenizer() -> None:
-    assert tokenizer_source(recipe()) == ("none/such", None)
+    assert tokenizer_source(recipe()) == ("none/such", {})
     student = "student: {model: mine, model_kwargs: {revision: v2}}"
-    assert tokenizer_source(recipe(student)) == ("mine", "v2")
-    assert tokenizer_source(recipe(f"{student}\ntokenizer: other")) == ("other", None)
+    assert tokenizer_source(recipe(student)) == ("mine", {"revision": "v2"})
+    assert tokenizer_source(recipe(f"{student}\ntokenizer: other")) == ("other", {})
 
 
 def test_another_tokenizer_than_the_teachers(
