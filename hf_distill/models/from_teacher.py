@@ -1,23 +1,21 @@
-"""A smaller student made of a teacher's layers.
+"""A smaller student made of a teacher's layers and units.
 
 One mechanism serves every architecture; none is known by name. The layers are found as the
 ``nn.ModuleList``s whose length the config states (`models.shorter_config`), and their weights are
-carried over by index (`models.layer_origins`).
+carried over by index (`models.layer_origins`). Their widths are cut in `models.widths`.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
+from hf_distill.models.assembly import assembled, check_weights
 from hf_distill.models.calibration import (
     BlockInfluence,
     Row,
@@ -33,8 +31,10 @@ from hf_distill.models.layer_selection import (
     uses_influence,
 )
 from hf_distill.models.loading import load_model
+from hf_distill.models.narrower_config import Width, Widths
 from hf_distill.models.shorter_config import blueprint, find_stacks, shorter_config
 from hf_distill.models.student_report import StudentReport
+from hf_distill.models.widths import Cut, narrower
 
 # Other selections that are tried for the error message.
 TRIED, NAMED = 12, 2
@@ -42,16 +42,19 @@ TRIED, NAMED = 12, 2
 
 def student_from_teacher(
     teacher: PreTrainedModel | str | Path,
-    layers: Layers | Mapping[str, Layers] = "every_other",
+    layers: Layers | Mapping[str, Layers] | None = None,
     *,
     num_layers: int | None = None,
+    ffn: Width | None = None,
+    heads: Width | None = None,
+    hidden: Width | None = None,
     rows: Iterable[Row] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """A new model of the teacher's class with some of its layers, and everything else, copied.
+    """A new model of the teacher's class with copies of some of its layers and units.
 
     teacher: a loaded transformers model of any task, or the id or folder of a causal one
-    layers: which layers to take
+    layers: which layers to take; by default all where a width is given, otherwise "every_other"
         "every_other": layers 0, 2, 4, ...
         "first_and_last": ``num_layers`` layers, evenly spaced, the first and the last among them;
             by default half of them, which is how DistilBERT and DistilGPT2 were initialised
@@ -61,17 +64,28 @@ def student_from_teacher(
         a list of layer indices, ascending
         for an encoder-decoder, one of these for both, or {"encoder": ..., "decoder": ...}, where
             the side that is not named is kept whole
+    ffn, heads, hidden: neurons of each feed-forward network, attention heads of each layer and
+        features of the hidden states to keep, as a number or as a share of the teacher's. The most
+        active ones on ``rows`` stay (`models.widths`), heads in whole groups that share a key.
+        Where the size of a head is hidden / heads (GPT-2, BERT, BART), both are cut together
     rows: a few hundred rows of the data that the student is for. Each is a text, or has
         ``input_ids`` and perhaps ``attention_mask`` and ``labels``. All of them are used, one at a
         time, forward only
     tokenizer: for rows that are texts
     returns: a model in evaluation mode on the teacher's device, in its dtype, with its generation
         config, its weights tied as the teacher's are; no memory is shared with the teacher
-    raises: InputError if the selection does not fit the teacher, or if a layer would not compute
-        in its new place what it computed in the teacher
+    raises: InputError if the selection does not fit the teacher, if a layer would not compute in
+        its new place what it computed in the teacher, or if a weight cannot be cut to a width
     """
     student, report = student_and_report(
-        teacher, layers, num_layers=num_layers, rows=rows, tokenizer=tokenizer
+        teacher,
+        layers,
+        num_layers=num_layers,
+        ffn=ffn,
+        heads=heads,
+        hidden=hidden,
+        rows=rows,
+        tokenizer=tokenizer,
     )
     logging.getLogger("hf_distill").info("%s", report.render())
     return student
@@ -79,9 +93,12 @@ def student_from_teacher(
 
 def student_and_report(
     teacher: PreTrainedModel | str | Path,
-    layers: Layers | Mapping[str, Layers] = "every_other",
+    layers: Layers | Mapping[str, Layers] | None = None,
     *,
     num_layers: int | None = None,
+    ffn: Width | None = None,
+    heads: Width | None = None,
+    hidden: Width | None = None,
     rows: Iterable[Row] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, StudentReport]:
@@ -91,16 +108,21 @@ def student_and_report(
     """
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(_name(teacher), "teacher")
-    _check_weights(teacher, blueprint(type(teacher), teacher.config))
+    check_weights(teacher, blueprint(type(teacher), teacher.config))
+    widths = Widths(ffn, heads, hidden)
     stacks, by_influence = find_stacks(teacher), uses_influence(layers)
-    measured = rows is not None or by_influence
+    measured = rows is not None or by_influence or widths
     on = calibration_rows(teacher, rows, tokenizer) if measured else []
     scores = BlockInfluence(teacher, stacks if by_influence else [])
     with scores.measured():
         before = run(teacher, on)
     influence = scores.scores
-    chosen = choose_layers(stacks, layers, num_layers, influence)
-    student = _with_layers(teacher, chosen)
+    if layers is None and not (widths and num_layers is None):
+        layers = "every_other"
+    chosen = choose_layers(stacks, {} if layers is None else layers, num_layers, influence)
+    student, cut = _with_layers(teacher, chosen), Cut({}, {})
+    if widths:
+        student, cut = narrower(student, widths, on)
     return student, StudentReport(
         parameters=student.num_parameters(),
         teacher_parameters=teacher.num_parameters(),
@@ -111,6 +133,8 @@ def student_and_report(
             stack.name: [i for i in range(stack.length) if i not in kept]
             for stack, kept in chosen.items()
         },
+        widths=cut.fields,
+        kept_units=cut.kept,
     )
 
 
@@ -127,22 +151,6 @@ def _with_layers(
         raise InputError(f"{reason}: {_alternatives(whole, kept)}") from None
     source = teacher.state_dict()
     return assembled(teacher, config, {key: part(source) for key, part in plan.items()})
-
-
-def assembled(
-    teacher: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, Tensor]
-) -> PreTrainedModel:
-    """A model of the teacher's class with copies of these weights, on its device."""
-    copies: dict[str, Any] = {
-        key: weight.detach().to("cpu", copy=True) for key, weight in weights.items()
-    }
-    student = type(teacher).from_pretrained(
-        None, config=config, state_dict=copies, dtype=teacher.dtype
-    )
-    student.name_or_path = student.config.name_or_path = ""  # it is on no disk and no Hub yet
-    if teacher.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.to(teacher.device)  # type: ignore[arg-type]  # its decorator hides self
 
 
 def _alternatives(whole: PreTrainedModel, chosen: Mapping[Stack, list[int]]) -> str:
@@ -173,21 +181,3 @@ def _name(teacher: object) -> str | Path:
         f"teacher is a {type(teacher).__name__}, not a transformers model: give a PreTrainedModel "
         "(merge an adapter into it first) or the id or folder of one"
     )
-
-
-def _check_weights(teacher: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """InputError for a teacher whose weights are not those that its config describes."""
-    source = teacher.state_dict()
-    for key, value in whole.state_dict().items():
-        found = source.get(key)
-        if found is None or found.is_meta or found.shape != value.shape:
-            raise InputError(
-                f"the teacher's weight {key!r} does not fit what its config describes "
-                "(quantised, sharded, offloaded, or changed by an adapter?): load it whole and "
-                "unquantised, and merge adapters first"
-            )
-    if further := source.keys() - whole.state_dict().keys():
-        raise InputError(
-            f"the teacher has a weight {min(further)!r} that its config does not describe (an "
-            "adapter?): merge adapters first"
-        )

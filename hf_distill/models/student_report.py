@@ -16,6 +16,10 @@ class StudentReport:
     """By stack of layers, the teacher's indices."""
     influence: dict[str, list[float]] = field(default_factory=dict)
     """By stack of layers, the block influence of each of the teacher's layers."""
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By field of the config that changed, the width of teacher and student."""
+    kept_units: dict[str, list[int]] = field(default_factory=dict)
+    """By projection, its neurons or groups of heads that were kept; under "hidden" the features."""
     teacher_perplexity: float | None = None
     """On the rows that were given, over all labels; None without rows or for another head."""
     initial_perplexity: float | None = None
@@ -35,6 +39,8 @@ class StudentReport:
         for name, removed in self.removed_layers.items():
             if removed:
                 lines.append(f"removed layers of {name}: {', '.join(map(str, removed))}")
+        for name, (before, after) in self.widths.items():
+            lines.append(f"{name}: {after:,} instead of {before:,}, the most active ones")
         for name, scores in self.influence.items():
             listed = ", ".join(f"{layer}: {score:.3f}" for layer, score in enumerate(scores))
             lines.append(f"block influence in {name}: {listed}")
