@@ -163,7 +163,6 @@ WRONG = {
     "student={num_layers: 2}": "student has 'num_layers', which is for",
     "student=null": "key 'student' is missing",
     "teacher={}": "teacher has none, but needs one of 'model', 'config'",
-    "teacher.train.max_steps=1": "teacher has 'train', which is for a teacher from 'config'",
     "tokenizer.vocab_size=300": "a new tokenizer does not fit a model that exists",
     "teacher={config: {model_type: gpt2}}": "neither a model nor a tokenizer",
     "train.seed=1": "key 'train.seed' cannot be set in a recipe: the recipe's own 'seed' sets it",
