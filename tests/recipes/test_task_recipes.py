@@ -29,9 +29,10 @@ PLANTS = ("rose", "iris", "fern")
 WORDS = ("stone", "river", "cloud", "field", "light", "water")
 BERT = "model_type: bert, hidden_size: 16, num_attention_heads: 2, intermediate_size: 24"
 T5 = "model_type: t5, d_model: 16, num_heads: 2, d_kv: 8, d_ff: 24, num_layers: 2"
+QUIET = "eval_strategy: 'no', save_strategy: 'no'"
 TEACHERS = {
-    "bert": f"{{config: {{{BERT}, num_hidden_layers: 2}}, train: {{max_steps: 3}}}}",
-    "t5": f"{{config: {{{T5}, num_decoder_layers: 2}}, train: {{max_steps: 3}}}}",
+    "bert": f"{{config: {{{BERT}, num_hidden_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
+    "t5": f"{{config: {{{T5}, num_decoder_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
 }
 CLASSES = ("accuracy", "f1_macro", "ce", "kl_to_teacher", "top1_agreement", "calibration_error")
 
@@ -65,7 +66,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def options(folder: Path, name: str, **more: Any) -> list[str]:
+def options(folder: Path, name: str, /, **more: Any) -> list[str]:
     """`--set` options that make a shipped recipe small and local."""
     architecture = "t5" if name in ("summarization", "translation") else "bert"
     keys = {
@@ -73,10 +74,12 @@ def options(folder: Path, name: str, **more: Any) -> list[str]:
         "data.train": write(folder / f"{name}.jsonl", rows_of(name)),
         "data.max_length": 32,
         "data.eval_fraction": 0.25,
-        "tokenizer.vocab_size": 300,
+        "tokenizer.vocab_size": 280,
         "teacher": TEACHERS[architecture],
         "student.layers": "[0]",
         "train.max_steps": 2,
+        "train.eval_strategy": "'no'",
+        "train.save_strategy": "'no'",
         "train.global_batch_size": 8,
         "evaluate.prompts": 3,
         "evaluate.num_beams": 1,
@@ -87,11 +90,11 @@ def options(folder: Path, name: str, **more: Any) -> list[str]:
     return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
 
 
-def run(folder: Path, name: str, **more: Any) -> Any:
+def run(folder: Path, name: str, /, **more: Any) -> Any:
     return invoke("run", ROOT / "recipes" / f"{name}.yaml", *options(folder, name, **more))
 
 
-def message(folder: Path, name: str, **more: Any) -> str:
+def message(folder: Path, name: str, /, **more: Any) -> str:
     """The error of a run that is refused, which is one line."""
     done = run(folder, name, **more)
     assert done.exit_code == 2, done.output
@@ -169,7 +172,7 @@ def test_an_encoder_is_fine_tuned_and_its_figures_are_those_of_the_saved_models(
     done = run(
         tmp_path,
         "classification",
-        teacher=f"{{model: {encoder}, train: {{max_steps: 40, learning_rate: 5e-3}}}}",
+        teacher=f"{{model: {encoder}, train: {{max_steps: 80, learning_rate: 3e-3, {QUIET}}}}}",
         tokenizer__vocab_size=None,
         train__max_steps=20,
         train__learning_rate="5e-3",
@@ -302,7 +305,7 @@ def test_half_of_the_examples_are_wrong_and_come_first() -> None:
 def test_answers_of_a_trained_reader_are_texts_of_the_context(tmp_path: Path) -> None:
     """A teacher that answers perfectly has exact match 100, whatever the windows."""
     teacher = f"{{config: {{{BERT}, num_hidden_layers: 2, hidden_dropout_prob: 0.0}}"
-    teacher += ", train: {max_steps: 100, learning_rate: 1e-2}}"
+    teacher += ", train: {max_steps: 100, learning_rate: 1e-2, " + QUIET + "}}"
     done = run(
         tmp_path,
         "question_answering",
