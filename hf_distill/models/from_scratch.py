@@ -120,7 +120,8 @@ def model_from_config(
     if "model_type" not in settings:
         raise InputError("the config has no model_type: give one, such as gpt2 or llama")
     model_type = str(settings.pop("model_type"))
-    built = _checked_config(model_type, settings | _of_tokenizer(settings, tokenizer, task), task)
+    decided = _of_tokenizer(settings, tokenizer, task)
+    built = _checked_config(model_type, settings, decided, task)
     positions = max_positions(built)
     if max_length is not None and positions is not None and positions < max_length:
         raise InputError(
@@ -176,7 +177,10 @@ def _of_tokenizer(
     return decided
 
 
-def _checked_config(model_type: str, settings: dict[str, Any], task: str) -> PreTrainedConfig:
+def _checked_config(
+    model_type: str, settings: dict[str, Any], decided: dict[str, int | None], task: str
+) -> PreTrainedConfig:
+    """The config of some settings and those that the tokenizer has decided."""
     known_types = model_types(task)
     if model_type not in known_types:
         what, such = {
@@ -189,7 +193,7 @@ def _checked_config(model_type: str, settings: dict[str, Any], task: str) -> Pre
         )
     config_class = CONFIG_MAPPING[model_type]
     try:
-        config = config_class(**settings)
+        config = config_class(**(settings | decided))
     except Exception as error:  # configs validate themselves, each with its own kind of error
         raise InputError(_refused(model_type, error)) from error
     known = {field.name for field in dataclasses.fields(config_class)} | set(config.attribute_map)

@@ -1,86 +1,327 @@
-"""The shipped recipes of tasks, from local rows to the report, with tiny models."""
+"""The shipped recipes of other tasks than causal language modelling, on small local files."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_setup import ROOT, invoke
-
-NOUNS = ["card", "bank", "loan", "coin", "cash", "bill"]
-ENCODER = {
-    "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 32, "max_position_embeddings": 128,
-}  # fmt: skip
-DECODER = {
-    "model_type": "bart", "d_model": 16, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32, "max_position_embeddings": 128,
-}  # fmt: skip
-
-
-def sentence(number: int) -> str:
-    noun, other = NOUNS[number % 6], NOUNS[number // 6 % 6]
-    return f"The {noun} number {number} is not the {other} that I wanted to have."
-
-
-CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "classification": (
-        ENCODER,
-        lambda i: {"text": sentence(i), "label": ["first", "second"][i % 2]},
-        "accuracy",
-    ),
-    "summarization": (
-        DECODER,
-        lambda i: {"document": sentence(i) * 2, "summary": NOUNS[i % 6]},
-        "rouge1",
-    ),
-    "translation": (
-        DECODER,
-        lambda i: {"translation": {"en": sentence(i), "es": sentence(i)[::-1]}},
-        "bleu",
-    ),
-    "question_answering": (
-        ENCODER,
-        lambda i: {
-            "question": "what is it?", "context": sentence(i),
-            "answers": {"text": [NOUNS[i % 6]], "answer_start": [4]},
-        },
-        "exact_match",
-    ),
-    "masked_lm": (ENCODER, lambda i: {"text": sentence(i)}, "perplexity"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "classification" else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
+import torch
+from datasets import load_from_disk
+from run_setup import ROOT, invoke, metrics
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertModel,
 )
-def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
-    config, row, metric = CASES[name]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row(i)) + "\n" for i in range(60)))
-    teacher = {"config": config, "train": {"max_steps": 3}}
-    settings = [
-        f"data.train={rows}", "data.eval_split=null", "data.subset=null", "data.eval_fraction=0.3",
-        f"teacher={json.dumps(teacher)}", "tokenizer.vocab_size=300", "data.max_length=100",
-        "student.num_layers=null" if config is DECODER else "student.num_layers=2",
-        "train.max_steps=3", "train.global_batch_size=8", f"output_dir={tmp_path / 'runs'}",
-        "evaluate.max_new_tokens=8",
-        *(["data.max_target_length=20"] if config is DECODER else []),
-    ]  # fmt: skip
-    settings += {
-        "classification": ["data.columns=null"],
-        "question_answering": ["data.stride=8"],
-    }.get(name, [])
-    words = [word for setting in settings for word in ("--set", setting)]
-    done = invoke("run", ROOT / "recipes" / f"{name}.yaml", *words)
+
+from hf_distill.data import DataConfig, read_task_rows
+from hf_distill.errors import InputError
+from hf_distill.models.from_scratch import train_tokenizer
+from hf_distill.recipes import load_recipe
+from hf_distill.recipes.stages.task_evaluation import ANSWER_TOKENS, best_spans, chosen_rows
+
+PLANTS = ("rose", "iris", "fern")
+WORDS = ("stone", "river", "cloud", "field", "light", "water")
+BERT = "model_type: bert, hidden_size: 16, num_attention_heads: 2, intermediate_size: 24"
+T5 = "model_type: t5, d_model: 16, num_heads: 2, d_kv: 8, d_ff: 24, num_layers: 2"
+QUIET = "eval_strategy: 'no', save_strategy: 'no'"
+TEACHERS = {
+    "bert": f"{{config: {{{BERT}, num_hidden_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
+    "t5": f"{{config: {{{T5}, num_decoder_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
+}
+CLASSES = ("accuracy", "f1_macro", "ce", "kl_to_teacher", "top1_agreement", "calibration_error")
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Forty rows of a task, no two of them equal."""
+    draw, rows = random.Random(0), []
+    for number in range(40):
+        words = draw.choices(WORDS, k=4)
+        text, plant = " ".join(words), PLANTS[number % 3]
+        answer = str(1900 + number)
+        rows.append(
+            {
+                "classification": {"text": f"{text} {plant} {number}", "label": plant},
+                "tagging": {"tokens": [*words, plant], "tags": ["O"] * 4 + ["B-PLANT"]},
+                "question_answering": {
+                    "question": "which year ?",
+                    "context": f"{text} in {answer} .",
+                    "answers": {"text": [answer], "answer_start": [len(text) + 4]},
+                },
+                "summarization": {"document": f"{text} {number}", "summary": words[0]},
+                "translation": {"translation": {"en": f"{text} {number}", "es": text[::-1]}},
+                "masked_lm": {"text": f"{text} {plant} {number} grows by {draw.choice(WORDS)}"},
+            }[task]
+        )
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(folder: Path, name: str, /, **more: Any) -> list[str]:
+    """`--set` options that make a shipped recipe small and local."""
+    architecture = "t5" if name in ("summarization", "translation") else "bert"
+    keys = {
+        "output_dir": folder / "runs",
+        "data.train": write(folder / f"{name}.jsonl", rows_of(name)),
+        "data.max_length": 32,
+        "data.eval_fraction": 0.25,
+        "tokenizer.vocab_size": 280,
+        "teacher": TEACHERS[architecture],
+        "student.layers": "[0]",
+        "train.max_steps": 2,
+        "train.eval_strategy": "'no'",
+        "train.save_strategy": "'no'",
+        "train.global_batch_size": 8,
+        "evaluate.prompts": 3,
+        "evaluate.num_beams": 1,
+    }
+    # Keys of a section that is replaced come after it; None leaves one out.
+    keys |= {key.replace("__", "."): value for key, value in more.items()}
+    given = {key: value for key, value in keys.items() if value is not None}
+    return [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+
+
+def run(folder: Path, name: str, /, **more: Any) -> Any:
+    return invoke("run", ROOT / "recipes" / f"{name}.yaml", *options(folder, name, **more))
+
+
+def message(folder: Path, name: str, /, **more: Any) -> str:
+    """The error of a run that is refused, which is one line."""
+    done = run(folder, name, **more)
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.strip().splitlines()) == 1
+    return done.stderr
+
+
+# ---- Whole runs ----
+
+SHIPPED = {
+    "classification": ({}, CLASSES, "AutoModelForSequenceClassification"),
+    "question_answering": ({"data__stride": 4}, ("exact_match", "f1"), "ForQuestionAnswering"),
+    "masked_lm": ({}, ("perplexity", "accuracy", "kl_to_teacher"), "AutoModelForMaskedLM"),
+    "summarization": (
+        {"student__layers": "{decoder: [1]}", "data__max_target_length": 8},
+        ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "perplexity"),
+        "AutoModelForSeq2SeqLM",
+    ),
+    "translation": ({"data__max_target_length": 16}, ("bleu", "chrf"), "AutoModelForSeq2SeqLM"),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_from_rows_to_report(name: str, tmp_path: Path) -> None:
+    more, keys, loader = SHIPPED[name]
+    done = run(tmp_path, name, **more)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / name
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for model in ("teacher", "initial", "baseline", "student"):
-        assert metric in metrics[model], (model, metrics[model])
-    assert (folder / "report.html").stat().st_size > 10_000
-    assert (folder / "student" / "README.md").exists()
+    found = metrics(folder)
+    for role in ("teacher", "initial", "baseline", "student"):
+        assert set(keys) <= found[role].keys(), role
+        assert found[role]["parameters"] > 0
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert found["teacher"].get("top1_agreement") == 1.0
+    assert found["teacher"].get("kl_to_teacher", 0.0) == 0.0
+    assert len(found["examples"]) == 3
+    roles = {"prompt", "reference", "teacher", "baseline", "student"}
+    assert all(set(example) == roles for example in found["examples"])
+    page = (folder / "report.html").read_text()
+    assert "those that the student gets wrong first" in page
+    card = (folder / "student" / "README.md").read_text()
+    assert loader in card
+    assert "## Examples" in card
+
+
+def test_a_recorded_classifier_and_tags(tmp_path: Path) -> None:
+    recorded = run(tmp_path, "classification", record__kind="full", name="recorded")
+    assert recorded.exit_code == 0, recorded.output
+    assert (tmp_path / "runs" / "recorded" / "recording" / "train").exists()
+    tags = {"name": "tags", "task": "token-classification"}
+    file = write(tmp_path / "tags.jsonl", rows_of("tagging"))
+    done = run(tmp_path, "classification", data__train=file, **tags)
+    assert done.exit_code == 0, done.output
+    student = metrics(tmp_path / "runs" / "tags")["student"]
+    assert {"accuracy", "f1_macro"} <= student.keys()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an encoder without a head, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    texts = [row["text"] for row in rows_of("classification")] * 2
+    tokenizer = train_tokenizer(texts, 300, model_max_length=32, task="sequence-classification")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=300, intermediate_size=48, pad_token_id=1, **shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_is_fine_tuned_and_its_figures_are_those_of_the_saved_models(
+    encoder: Path, tmp_path: Path
+) -> None:
+    done = run(
+        tmp_path,
+        "classification",
+        teacher=f"{{model: {encoder}, train: {{max_steps: 80, learning_rate: 3e-3, {QUIET}}}}}",
+        tokenizer__vocab_size=None,
+        train__max_steps=20,
+        train__learning_rate="5e-3",
+    )
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "classification"
+    found = metrics(folder)
+    assert found["teacher"]["accuracy"] == 1.0
+    held = load_from_disk(str(folder / "data" / "text" / "eval"))
+    for role in ("teacher", "baseline", "student"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder / role)
+        assert [model.config.id2label[i] for i in range(3)] == sorted(PLANTS)
+        tokenizer = AutoTokenizer.from_pretrained(folder / role)
+        right = 0
+        for row in held:
+            said = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
+            right += said == row["label"]
+        assert found[role]["accuracy"] == pytest.approx(right / len(held))
+
+
+# ---- What is refused ----
+
+REFUSED = {
+    "data.stride=3": "sets data.stride, which the task sequence-classification does not use (but",
+    "data.packing=false": "sets data.packing, which the task sequence-classification does not use",
+    "data.format=questions": "data.format questions, but that task takes labelled",
+    "task=classification": "task is 'classification', but must be 'causal-lm', 'seq2seq-lm'",
+    "data.columns={text: 3}": "data.columns.text is 3, but must be a valid string",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_does_not_fit_the_task(override: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_recipe(ROOT / "recipes" / "classification.yaml", [override])
+    assert REFUSED[override] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_masks_and_answers_are_not_recorded() -> None:
+    for name in ("masked_lm", "question_answering"):
+        with pytest.raises(InputError, match="whose teacher cannot be recorded, since"):
+            load_recipe(ROOT / "recipes" / f"{name}.yaml", ["record.k=4"])
+
+
+def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    other = write(tmp_path / "other.jsonl", [{"text": "a rose", "label": "tree"}])
+    said = message(tmp_path, "classification", data__eval=other)
+    assert "other.jsonl: row 0: the label 'tree' is none of the 3 classes" in said
+    named = message(tmp_path, "classification", data__columns="{text: body}")
+    assert "columns names 'body', but there is only text, label" in named
+    empty = write(tmp_path / "empty.jsonl", [{"document": " ", "summary": "x"}])
+    assert "row 0: 'document' is empty" in message(
+        tmp_path, "summarization", data__eval=empty, data__train=empty
+    )
+    assert not (tmp_path / "runs" / "classification").exists()
+
+
+def test_models_that_do_not_fit(encoder: Path, tmp_path: Path) -> None:
+    given = {"teacher": f"{{model: {encoder}}}", "tokenizer__vocab_size": None}
+    said = message(tmp_path, "classification", **given)
+    assert "was saved without the head of a BertForSequenceClassification" in said
+    said = message(tmp_path, "translation", **given, data__max_target_length=16)
+    assert "the task is seq2seq-lm, but teacher" in said
+    assert "is a bert, which has no head for it: give a model for seq2seq-lm" in said
+    gpt2 = "{config: {model_type: gpt3}}"
+    said = message(tmp_path, "classification", teacher=gpt2)
+    assert "is no model for sequence-classification that transformers knows" in said
+    planned = invoke(
+        "plan", ROOT / "recipes" / "classification.yaml", *options(tmp_path, "classification")
+    )
+    assert planned.exit_code == 2
+    assert "a plan is made for causal language models only" in planned.stderr
+
+
+# ---- Rows ----
+
+
+def test_contexts_stay_together_and_out_of_the_other_split(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"what {i}", "context": f"{i // 4} is here", "answers": "here"}
+        for i in range(80)
+    ]
+    file = write(tmp_path / "rows.jsonl", [*rows, rows[0]])
+    config = DataConfig(train=str(file), eval_fraction=0.3)
+    found = read_task_rows(config, "question-answering", seed=1, work_dir=tmp_path / "arrow").rows
+    contexts = {split: set(found[split]["context"]) for split in ("train", "eval")}
+    assert not contexts["train"] & contexts["eval"]
+    assert len(found["train"]) + len(found["eval"]) == 80  # the repeated row is gone
+    assert len(contexts["eval"]) == 6
+    given = DataConfig(train=str(file), eval=str(write(tmp_path / "e.jsonl", rows[:2])))
+    found = read_task_rows(given, "question-answering", seed=1, work_dir=tmp_path / "arrow").rows
+    assert len(found["train"]) == 76
+    small = given.model_copy(update={"max_train_rows": 5})
+    sampled = read_task_rows(small, "question-answering", seed=1, work_dir=tmp_path / "arrow")
+    assert len(sampled.rows["train"]) == 5
+    assert set(sampled.rows["train"]["id"]) <= set(found["train"]["id"])
+
+
+# ---- Predictions ----
+
+
+def test_best_spans_against_loops() -> None:
+    torch.manual_seed(0)
+    start, end = torch.randn(6, 40, dtype=torch.float64), torch.randn(6, 40, dtype=torch.float64)
+    allowed = torch.rand(6, 40) < 0.8
+    is_cls = torch.zeros(6, 40, dtype=torch.bool)
+    is_cls[:, 0] = allowed[:, 0] = True
+    for row, (score, first, last, none) in enumerate(best_spans(start, end, allowed, is_cls)):
+        best = max(
+            (float(start[row, i] + end[row, j]), i, j)
+            for i in range(1, 40)
+            for j in range(i, min(40, i + ANSWER_TOKENS))
+            if allowed[row, i] and allowed[row, j]
+        )
+        assert (score, first, last) == (pytest.approx(best[0], abs=1e-5), *best[1:])
+        assert none == pytest.approx(float(start[row, 0] + end[row, 0]), abs=1e-5)
+
+
+def test_half_of_the_examples_are_wrong_and_come_first() -> None:
+    scores = [1.0, 0.5, 1.0, 0.0, 1.0, 0.2, 1.0, 0.9]
+    rows = chosen_rows(scores, 4)
+    assert [scores[row] < 1 for row in rows] == [True, True, False, False]
+    assert [scores[row] for row in rows] == sorted(scores[row] for row in rows)
+    assert chosen_rows([1.0] * 5, 2) == [0, 2]
+    assert chosen_rows([0.0] * 3, 8) == [0, 1, 2]
+    assert chosen_rows([0.0, 1.0, 1.0, 1.0], 3)[0] == 0
+
+
+def test_answers_of_a_trained_reader_are_texts_of_the_context(tmp_path: Path) -> None:
+    """A teacher that answers perfectly has exact match 100, whatever the windows."""
+    teacher = f"{{config: {{{BERT}, num_hidden_layers: 2, hidden_dropout_prob: 0.0}}"
+    teacher += ", train: {max_steps: 100, learning_rate: 1e-2, " + QUIET + "}}"
+    done = run(
+        tmp_path,
+        "question_answering",
+        teacher=teacher,
+        data__stride=4,
+        baseline="false",
+    )
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "question_answering"
+    found = metrics(folder)
+    held = {row["context"]: row for row in load_from_disk(str(folder / "data/text/eval"))}
+    for example in found["examples"]:
+        row = held[example["prompt"].split("\n\n")[1]]
+        assert example["teacher"] in row["context"]
+        assert example["reference"] == row["answers"]["text"][0]
+    assert found["teacher"]["exact_match"] > 50
+    assert (
+        BertForQuestionAnswering.from_pretrained(folder / "student").config.num_hidden_layers == 1
+    )

@@ -57,6 +57,11 @@ def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
 
     raises: InputError where they cannot share a step's rows evenly, or a trial fails
     """
+    if recipe.task != "causal-lm":
+        raise InputError(
+            f"a plan is made for causal language models only, but the task is {recipe.task}: run "
+            "the recipe with train.max_steps=20 to see its time and memory"
+        )
     recipe = _on_one(recipe, devices)
     student, teacher = _configs(recipe)
     whole = _Sizes(recipe, student), _Sizes(recipe, teacher, role="teacher")
