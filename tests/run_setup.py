@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -56,7 +57,12 @@ def write_recipe(folder: Path, name: str = "tiny") -> Path:
 
 def invoke(*words: str | Path) -> Result:
     """`hf-distill words` in this process."""
-    return CliRunner().invoke(app, [str(word) for word in words])
+    # Stages collect garbage often; without this each time looks at every imported module.
+    gc.freeze()
+    try:
+        return CliRunner().invoke(app, [str(word) for word in words])
+    finally:
+        gc.unfreeze()
 
 
 def run(recipe: Path, *overrides: str) -> Result:
