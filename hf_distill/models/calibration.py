@@ -76,7 +76,10 @@ def run(model: PreTrainedModel, rows: Iterable[CalibrationRow]) -> float | None:
                 targets += int((row.labels != IGNORE).sum())
     finally:
         model.train(training)
-    return math.exp(losses / targets) if targets else None
+    if not targets:
+        return None
+    mean = losses / targets
+    return math.exp(mean) if mean < 700 else math.inf  # beyond it exp overflows
 
 
 class BlockInfluence:

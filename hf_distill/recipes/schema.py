@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from hf_distill.data import DataConfig
 from hf_distill.data.prepare_tasks import FORMATS
+from hf_distill.models.narrower_config import Widths
 from hf_distill.training.arguments import DistillationArguments
 
 # The tasks that use a key of `data`, of the keys that not all tasks use.
@@ -281,16 +282,37 @@ class StudentSection(Section):
     encoder-decoder also {encoder: ..., decoder: ...}."""
     num_layers: int | None = Field(default=None, ge=1)
     """Number of layers that `first_and_last` and `influence` take."""
+    ffn: int | float | None = None
+    """Neurons of each feed-forward network of the teacher to keep: a number or a share."""
+    heads: int | float | None = None
+    """Attention heads of each layer of the teacher to keep: a number or a share."""
+    hidden: int | float | None = None
+    """Features of the teacher's hidden states to keep: a number or a share."""
     lora: LoraSection | None = None
     """Train adapters on top of any of these."""
 
+    @property
+    def widths(self) -> Widths:
+        """The widths of a student that is cut from the teacher."""
+        return Widths(self.ffn, self.heads, self.hidden)
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether the student is made of the teacher's layers and units."""
+        return self.layers is not None or bool(self.widths)
+
     @model_validator(mode="after")
     def _one_source(self) -> StudentSection:
+        if self.widths and (self.model is not None or self.config is not None):
+            raise ValueError(
+                "has a width ('ffn', 'heads', 'hidden'), which is for a student from the teacher, "
+                "not from 'model' or 'config'"
+            )
         if self.num_layers is not None and self.layers is None:
             raise ValueError("has 'num_layers', which is for a student from 'layers'")
         if self.model_kwargs and self.model is None:
             raise ValueError("has 'model_kwargs', which is for a student from 'model'")
-        return _one_of(self, "model", "config", "layers")
+        return _one_of(self, "model", "config", "layers", at_least=0 if self.widths else 1)
 
 
 class EvaluateSection(Section):

@@ -161,6 +161,7 @@ WRONG = {
     "seed=-1": "seed is -1, but must be greater than or equal to 0",
     "data={}": "key 'data.train' is missing",
     "student.model=gpt2": "student has 'model' and 'layers', but needs one of",
+    "student={model: m, ffn: 8}": "student has a width",
     "student={num_layers: 2}": "student has 'num_layers', which is for",
     "student=null": "key 'student' is missing",
     "teacher={}": "teacher has none, but needs one of 'model', 'config'",

@@ -108,7 +108,7 @@ seed: 0
 data: {data}
 teacher: {{model: {folder}, model_kwargs: {{gguf_file: {FILE}}}}}
 record: {{k: 8}}
-student: {{layers: influence, num_layers: 2}}
+student: {{layers: influence, num_layers: 2, ffn: 0.5, heads: 2}}
 baseline: false
 train: {{alpha: 0.9, max_steps: 4, learning_rate: 1e-3, bf16: false}}
 evaluate: {{prompts: 1, max_new_tokens: 4, speed: false}}
@@ -122,10 +122,12 @@ evaluate: {{prompts: 1, max_new_tokens: 4, speed: false}}
     assert found["student"]["kl_to_teacher"] < found["initial"]["kl_to_teacher"]
     for role in ("student_initial", "student"):
         assert "gguf" not in (made / role / "config.json").read_text()
-        assert AutoModelForCausalLM.from_pretrained(made / role).config.num_hidden_layers == 2
+        saved = AutoModelForCausalLM.from_pretrained(made / role).config
+        assert (saved.num_hidden_layers, saved.intermediate_size) == (2, 12)
         assert AutoTokenizer.from_pretrained(made / role).chat_template == TEMPLATE
-    configs = _configs(load_recipe(other))
-    assert [config.num_hidden_layers for config in configs] == [2, 3]
+    planned, teacher = _configs(load_recipe(other))
+    assert (planned.num_hidden_layers, teacher.num_hidden_layers) == (2, 3)
+    assert (planned.intermediate_size, planned.num_attention_heads) == (12, 2)
 
 
 def test_both_trainings_begin_alike_and_differ_in_the_objective(finished: Path) -> None:

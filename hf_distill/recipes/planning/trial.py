@@ -33,6 +33,8 @@ from hf_distill.losses.linear_head import LinearHead
 from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import Stack, choose_layers
 from hf_distill.models.loading import UNREADABLE, check_gguf
+from hf_distill.models.narrower_config import narrower_configs
+from hf_distill.models.shorter_config import find_stacks
 from hf_distill.recipes import (
     Recipe,
     StudentSection,
@@ -256,13 +258,24 @@ def _is_small(recipe: Recipe, student: _Sizes, teacher: _Sizes) -> bool:
 def _configs(recipe: Recipe) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     teacher = _config(recipe, recipe.teacher)
     section = recipe.student
-    if section.layers is None:
+    if not section.from_teacher:
         return _config(recipe, section), teacher
+    if section.layers is None:
+        return _narrower(teacher, section), teacher
     stack = Stack("layers", "layers", teacher.num_hidden_layers)
     # The plan needs their number only, so any scores will do.
     scores = {stack: [0.0] * stack.length}
     chosen = choose_layers([stack], section.layers, section.num_layers, scores)
-    return _cut(teacher, len(chosen[stack])), teacher
+    return _narrower(_cut(teacher, len(chosen[stack])), section), teacher
+
+
+def _narrower(config: PreTrainedConfig, section: StudentSection) -> PreTrainedConfig:
+    """The config with the widths of a student that is cut from its teacher."""
+    if not section.widths:
+        return config
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    return narrower_configs(whole, find_stacks(whole), section.widths)[-1].config
 
 
 def _config(recipe: Recipe, section: StudentSection | TeacherSection) -> Any:

@@ -158,16 +158,24 @@ def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
     section = run.recipe.student
     if section.config is not None:
         return new_model(run, section.config), None
-    if section.layers is not None:
+    if section.from_teacher:
         name, kwargs = teacher_source(run)
         teacher = load_model(name, "teacher", run.recipe.task, **kwargs)
         rows = None
-        if uses_influence(section.layers):
+        if uses_influence(section.layers) or section.widths:
             rows = rows_of(run, "train").shuffle(seed=run.recipe.seed)
             rows = rows.select(range(min(len(rows), MEASURED_ROWS)))
             if torch.accelerator.is_available():
                 teacher.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-        return student_and_report(teacher, section.layers, num_layers=section.num_layers, rows=rows)
+        return student_and_report(
+            teacher,
+            section.layers,
+            num_layers=section.num_layers,
+            ffn=section.ffn,
+            heads=section.heads,
+            hidden=section.hidden,
+            rows=rows,
+        )
     assert section.model is not None
     model = pretrained(run, "student")
     check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")

@@ -61,7 +61,7 @@ def _decide_recording(recipe: Recipe) -> Any:
 def _decide_student(recipe: Recipe) -> Any:
     section = recipe.student
     made_of = [section.model_dump(exclude={"lora"}), model_stamp(section.model)]
-    return [recipe.seed, made_of, section.layers and _given_teacher(recipe)]
+    return [recipe.seed, made_of, section.from_teacher and _given_teacher(recipe)]
 
 
 # With cross-entropy only, these decide nothing but the divergence that is logged.
