@@ -74,6 +74,7 @@ class DistillationMixin(Trainer):
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)
         self._sums, self._writer = StepSums(self.args), OnPolicy(self)
+        self._evaluation = EvaluationSums()
         self._loss = setup.make_loss(self, task)
         self._objective = setup.make_objective(self, self._loss, self._recorded)
         self.data_collator = self._checks = checking_collator(self, self._loss, self._recorded)

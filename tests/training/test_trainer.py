@@ -174,6 +174,12 @@ def test_no_option_is_left_out_above() -> None:
     added -= {"teacher_placement"}  # where its weights are: tests/teachers/test_placement.py
     # How raw rows are tokenized: tests/training/test_trainer_rows.py.
     added -= {"max_length", "packing", "completion_only_loss", "assistant_only_loss"}
+    # The same for other tasks: tests/tasks/test_raw_rows_of_tasks.py.
+    added -= {"max_target_length", "source_prefix", "source_lang", "target_lang", "doc_stride"}
+    added -= {"mlm_probability"}
+    # What the student writes itself: tests/training/test_on_policy.py.
+    added -= {"on_policy", "sampling_temperature", "top_p", "top_k", "max_new_tokens"}
+    added -= {"prompt_tokens"}
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}
 
