@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from hf_distill.errors import InputError
 from hf_distill.losses.divergences import DIVERGENCES, named_divergence
 from hf_distill.teachers.placement import check_placement
+from hf_distill.training.feature_settings import KINDS, feature_settings
 
 # The packages, any one of them, that the trackers of the extra "trackers" need.
 TRACKERS = {
@@ -34,6 +35,7 @@ class DistillationArguments(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "teacher_model_kwargs",
         "student_model_kwargs",
+        "features",
     ]
 
     alpha: float = field(
@@ -57,6 +59,13 @@ class DistillationArguments(TrainingArguments):
     skew: float = field(
         default=0.1,
         metadata={"help": "How much of the first distribution the skewed KLs mix into the second."},
+    )
+    features: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": f"Losses between inner states of student and teacher by kind, one or more of "
+            f"{', '.join(KINDS)}, each with a weight or {{weight, layers}}: docs/features.md."
+        },
     )
     fused_head: bool = field(
         default=True,
@@ -192,6 +201,7 @@ class DistillationArguments(TrainingArguments):
             # Each process reads its own rows of a stream. accelerate's default, one process that
             # joins the batches of all, fails where batches are padded to different widths.
             loading.dispatch_batches = False
+        feature_settings(self.features)
         self._refuse_unsupported()
 
     def model_kwargs(self, role: str) -> dict[str, Any]:
@@ -236,6 +246,8 @@ class DistillationArguments(TrainingArguments):
     def check_ranges(self) -> None:
         """InputError for a value out of range; again where values change after construction."""
         named_divergence(self.divergence)
+        if not isinstance(self.features, str):  # post-init reads any JSON string
+            feature_settings(self.features)
         check_placement(self.teacher_placement)
         ranges = {
             "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),

@@ -17,6 +17,7 @@ from hf_distill.models.runner import ModelRunner
 from hf_distill.recordings.reader import recorded_signal, without_recording
 from hf_distill.tasks import Task
 from hf_distill.teachers import Teacher
+from hf_distill.training.features import Features
 from hf_distill.training.target_index import StepTargets
 
 Counts = dict[str, Tensor]
@@ -66,6 +67,7 @@ class DistillationLoss:
     teacher: None where batches carry recordings, or alpha is 0
     step_targets: the index of the targets where the trainer's collator has made it
     teacher_inputs, extra_terms: the trainer's hooks
+    features: losses between inner states of student and teacher
     auxiliary_weight: of the student's own auxiliary loss (`outputs.aux_loss`)
     """
 
@@ -75,6 +77,7 @@ class DistillationLoss:
     step_targets: StepTargets
     teacher_inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     extra_terms: Callable[[Mapping[str, Any], Any], dict[str, Term]]
+    features: Features
     auxiliary_weight: float = 0.0
 
     def __call__(
@@ -98,10 +101,11 @@ class DistillationLoss:
         self.student.check_length(batch)  # before the teacher, which may take fewer tokens
         targets = self.task.targets(batch, self.step_targets.find(batch))
         inputs = self.task.model_inputs(without_recording(batch))
-        signal = None
-        if objective.alpha > 0 or not model.training:
-            signal = recorded_signal(batch, targets)
-            if signal is None and self.teacher is not None:
+        signal, judged = None, objective.alpha > 0 or not model.training
+        with self.features.of_teacher() as of_teacher:
+            if judged:
+                signal = recorded_signal(batch, targets)
+            if signal is None and self.teacher is not None and (judged or self.features):
                 signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
         if signal is None and objective.alpha > 0:
             raise InputError(
@@ -111,17 +115,20 @@ class DistillationLoss:
         scale = processes / counts["targets"].to(accumulator(counts["targets"]))
 
         def evaluate(student: Hidden | Logits) -> tuple[ObjectiveValue, Tensor]:
-            value = objective(student, targets, signal, counts, scale)
+            value = objective(student, targets, signal if judged else None, counts, scale)
             return value, value.loss
 
-        value, outputs, zero = self.student.run(
-            model, inputs, targets, evaluate, whole_logits=whole_logits
-        )
+        with self.features.of_student() as of_student:
+            value, outputs, zero = self.student.run(
+                model, inputs, targets, evaluate, whole_logits=whole_logits
+            )
+        terms = self.features.terms(of_student, of_teacher, batch, targets)
+        terms |= self._auxiliary(outputs, batch) | self.extra_terms(inputs, outputs)
         return BatchLoss(
             loss=value.loss if zero is None else value.loss + zero,
             targets=targets,
             per_target=objective.weighted(value.per_target, targets),
-            terms=self._auxiliary(outputs, batch) | self.extra_terms(inputs, outputs),
+            terms=terms,
             outputs=outputs,
         )
 

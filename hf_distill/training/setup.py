@@ -25,6 +25,7 @@ from hf_distill.recordings.row_format import COLUMN, Header
 from hf_distill.tasks import Task, find_task
 from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
+from hf_distill.training.features import make_features
 from hf_distill.training.loss import DistillationLoss
 from hf_distill.training.target_index import StepTargets
 
@@ -115,6 +116,7 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
         step_targets=StepTargets(task),
         teacher_inputs=trainer.teacher_inputs,
         extra_terms=trainer.extra_terms,
+        features=make_features(trainer),
         auxiliary_weight=auxiliary_weight(trainer.model) if task.fused else 0.0,
     )
 

@@ -3,28 +3,26 @@
 The trainer only joins parts that are explained elsewhere: a task says what is predicted, a teacher
 turns a batch into a signal, `training.loss` makes sums of student, labels and signal. Trainer's own
 methods are overridden where it counts (`_get_num_items_in_batch`), where it computes
-(`compute_loss`, `prediction_step`), where it logs and where it saves, and nowhere else.
+(`compute_loss`, `prediction_step`) and where it logs; where it saves, in `training.saving`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_distill.losses.divergences import Divergence, named_divergence
 from hf_distill.losses.objective import Objective, Term
 from hf_distill.losses.targets import WEIGHTS, total_counts
 from hf_distill.recordings.collator import ALL_NAMES
-from hf_distill.reporting.model_card import write_card
 from hf_distill.teachers import Teacher
-from hf_distill.training import artifacts, setup
+from hf_distill.training import setup
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.checkpoints import checkpoint_to_resume
 from hf_distill.training.collator import checking_collator
@@ -33,10 +31,11 @@ from hf_distill.training.evaluation_sums import EvaluationSums
 from hf_distill.training.loss import Counts, DistillationLoss, step_counts
 from hf_distill.training.on_policy import OnPolicy
 from hf_distill.training.recordings import find_recordings
+from hf_distill.training.saving import SavingMixin
 from hf_distill.training.step_sums import StepSums, loss_for_log
 
 
-class DistillationMixin(Trainer):
+class DistillationMixin(SavingMixin):
     """Makes a Trainer distil; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
@@ -88,6 +87,7 @@ class DistillationMixin(Trainer):
         if hasattr(self, "_loss"):  # not the first, for which the constructor does it
             self.model = model
             self._loss = setup.make_loss(self, self._task)
+            self._loss.features.attach()
         return model
 
     # ---- Hooks for subclasses ----
@@ -190,7 +190,11 @@ class DistillationMixin(Trainer):
         folder, deepspeed = str(self.args.output_dir), self.is_deepspeed_enabled
         setup.allow_wrapping(self)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, deepspeed=deepspeed)
-        return super().train(checkpoint, *args, **kwargs)
+        self._loss.features.attach()
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._loss.features.detach()
 
     def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which `auto_find_batch_size` restarts after running out of memory."""
@@ -243,39 +247,6 @@ class DistillationMixin(Trainer):
             for name, value in self._evaluation.metrics(self.current_objective()).items():
                 output.metrics[f"{prefix}_{name}"] = value
         return output
-
-    # ---- What is saved and published ----
-
-    # A barrier before the last file of a checkpoint, `trainer_state.json`: it then says that every
-    # process has finished its part.
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, with the barrier where a checkpoint holds the model only."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.save_only_model:
-            self.accelerator.wait_for_everyone()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As Trainer's, with the barrier."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """As Trainer's, without its arguments as a pickle, which nothing ever reads back."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            Path(output_dir or str(self.args.output_dir), "training_args.bin").unlink(True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, which would publish pickles."""
-        artifacts.push_checkpoint(self, checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with teacher, objective, and what was last evaluated."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), artifacts.card_facts(self, *args, **kwargs))
 
 
 class DistillationTrainer(DistillationMixin):

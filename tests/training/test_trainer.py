@@ -180,6 +180,7 @@ def test_no_option_is_left_out_above() -> None:
     # What the student writes itself: tests/training/test_on_policy.py.
     added -= {"on_policy", "sampling_temperature", "top_p", "top_k", "max_new_tokens"}
     added -= {"prompt_tokens"}
+    added -= {"features"}  # tests/training/test_features.py
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}
 
