@@ -4,8 +4,8 @@
 
 ENGINE: ddp, zero1, zero2, zero3 (as accelerate's configuration says), or fsdp, which is torch's own
 `fully_shard` around the trainer's loss, since accelerate leaves it out on CPUs.
-CASE: ARCHITECTURE-STUDENT-TEACHER, as gpt2-lora-sharded; the parts are in `make_trainer`. A fourth
-part is one of `HOW`.
+CASE: ARCHITECTURE-STUDENT-TEACHER, as gpt2-lora-sharded; the parts are in `make_trainer`. Further
+parts are of `HOW`, or "features" for feature losses with projections to a wider teacher.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ HOW: dict[str, dict[str, Any]] = {
     },
 }
 
+FEATURES = {"hidden_mse": 1.0, "embeddings": 0.5, "attention": 1.0, "relations": 1.0}
+WIDER = {"gpt2": {"n_embd": 24}, "llama": {"hidden_size": 24}}
+
 
 def rows() -> Dataset:
     """Unequal numbers of targets; the second of two processes has none in the second step."""
@@ -61,15 +64,20 @@ def with_adapter(model: Any) -> Any:
     )
 
 
+def teacher_of(case: str) -> Any:
+    architecture = case.split("-")[0]
+    return small_model(1, architecture, 2, **(WIDER[architecture] if "features" in case else {}))
+
+
 def make_trainer(folder: Path, case: str, processes: int, **options: Any) -> DistillationTrainer:
     """The same for one process and for several: every step sees the same rows."""
     architecture, student_kind, teacher_kind, *how = case.split("-")
     for name in how:
-        options = HOW[name] | options
+        options = ({"features": FEATURES} if name == "features" else HOW[name]) | options
     model = small_model(0, architecture)
     if student_kind == "lora":
         model = with_adapter(model)
-    teacher = small_model(1, architecture, layers=2)
+    teacher = teacher_of(case)
     data, collate = rows(), Collator(1, 0)
     placement, given = "replicated", teacher
     if teacher_kind == "recorded":
@@ -129,6 +137,7 @@ def train_fsdp(trainer: DistillationTrainer) -> tuple[list[float], dict[str, Ten
     """Trainer's steps with `fully_shard` as the engine: layers, an untied head, and the rest."""
     model: Any = trainer.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trainer._loss.features.attach()
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     tied = base.config.tie_word_embeddings
     layers = base.transformer.h if hasattr(base, "transformer") else base.model.layers
@@ -152,6 +161,7 @@ def train_fsdp(trainer: DistillationTrainer) -> tuple[list[float], dict[str, Ten
         optimizer.step()
         optimizer.zero_grad()
         losses.append(trainer.accelerator.reduce(loss.detach(), "mean").item())
+    trainer._loss.features.detach()
     state = trainer.model.state_dict()
     whole = {k: v.full_tensor() for k, v in state.items() if isinstance(v, DTensor)}
     return losses, whole
@@ -159,9 +169,10 @@ def train_fsdp(trainer: DistillationTrainer) -> tuple[list[float], dict[str, Ten
 
 def run(folder: Path, engine: str, case: str) -> None:
     trainer = make_trainer(folder, case, processes=2)
-    whole = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained = [*trainer.model.parameters(), *trainer._loss.features.projections.parameters()]
+    whole = sum(p.numel() for p in trained if p.requires_grad)
     if "sharded" in case:
-        check_shards(trainer, small_model(1, case.split("-")[0], layers=2).num_parameters())
+        check_shards(trainer, teacher_of(case).num_parameters())
     assert trainer._loss.student.fused
     if engine == "fsdp":
         losses, weights = train_fsdp(trainer)

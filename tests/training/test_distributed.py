@@ -34,16 +34,27 @@ SLICE = {
         "gpt2-full-stream",
         "llama-full-replicated-compiled",
     ],
-    "zero3": ["gpt2-full-sharded", "gpt2-full-recorded", "gpt2-lora-itself"],
-    "fsdp": ["llama-full-sharded", "gpt2-lora-replicated", "llama-full-replicated-checkpointed"],
+    "zero3": [
+        "gpt2-full-sharded",
+        "gpt2-full-recorded",
+        "gpt2-lora-itself",
+        "gpt2-full-replicated-features",
+    ],
+    "fsdp": [
+        "llama-full-sharded",
+        "gpt2-lora-replicated",
+        "llama-full-replicated-checkpointed",
+        "gpt2-full-replicated-features",
+    ],
 }
+FEATURES = [f"{a}-full-{t}-features" for a in ("gpt2", "llama") for t in ("replicated", "sharded")]
 IN_ANOTHER_WAY = [f"llama-full-{t}-{how}" for t in ("replicated", "sharded") for how in HOW]
 GRID = {
-    "ddp": [*ALL, "gpt2-full-stream", *IN_ANOTHER_WAY],
+    "ddp": [*ALL, "gpt2-full-stream", *IN_ANOTHER_WAY, *FEATURES],
     "zero1": ALL,
-    "zero2": ALL,
-    "zero3": [*ALL, *UNTIED, *IN_ANOTHER_WAY[:2]],
-    "fsdp": [*ALL, *UNTIED, *IN_ANOTHER_WAY],
+    "zero2": [*ALL, *FEATURES],
+    "zero3": [*ALL, *UNTIED, *IN_ANOTHER_WAY[:2], *FEATURES],
+    "fsdp": [*ALL, *UNTIED, *IN_ANOTHER_WAY, *FEATURES],
 }
 
 pytestmark = [
@@ -96,7 +107,8 @@ def check_equal(folder: Path, engine: str, cases: list[str]) -> None:
         found = json.loads((folder / f"{case}.json").read_text())
         assert found["world"] == 2
         # A teacher that is the student's own base equals one with weights of its own.
-        plain = "-".join(case.split("-")[:3]).replace("itself", "copy")
+        parts = case.replace("itself", "copy").split("-")
+        plain = "-".join(part for part in parts if part not in HOW)
         single = make_trainer(folder / "one", plain, processes=1)
         single.train()
         losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
