@@ -420,6 +420,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _features_have_a_teacher(self) -> Recipe:
+        if self.record is not None and arguments(self.train).get("features"):
+            raise ValueError(
+                "has 'record' and 'train.features', but a recording has no inner states of the "
+                "teacher: leave out one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _draws_estimate_the_forward_kl(self) -> Recipe:
         divergence = arguments(self.train)["divergence"]
         if self.record and self.record.kind == "sampled" and divergence != "forward_kl":

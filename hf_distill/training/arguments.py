@@ -63,8 +63,8 @@ class DistillationArguments(TrainingArguments):
     features: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": f"Losses between inner states of student and teacher by kind, one or more of "
-            f"{', '.join(KINDS)}, each with a weight or {{weight, layers}}: docs/features.md."
+            "help": "Losses between inner states of student and teacher: weights by name, of "
+            f"{', '.join(KINDS)}; see docs/features.md."
         },
     )
     fused_head: bool = field(

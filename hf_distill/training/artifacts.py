@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_distill.reporting.model_card import CardFacts, metrics_of_evaluation
+from hf_distill.training.feature_settings import features_named
 
 PICKLED = ["*.bin", "*.pt", "*.pth", "*.pkl"]
 ONLY_TO_RESUME = ["global_step*", "latest", "trainer_state.json", "zero_to_fp32.py"]
@@ -61,6 +62,7 @@ def card_facts(
             "alpha": args.alpha,
             "temperature": args.temperature,
             "divergence": args.divergence,
+            "features": features_named(args.features),
         },
         metrics=metrics_of_evaluation(evaluated[-1]) if evaluated else None,
         training={

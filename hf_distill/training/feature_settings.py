@@ -93,6 +93,17 @@ def feature_settings(given: Any) -> list[FeatureSetting]:
     return [_setting(str(kind), value) for kind, value in given.items()]
 
 
+def features_named(given: Any) -> str | None:
+    """The feature losses in words, for cards and reports; None where there are none."""
+    settings = feature_settings(given)
+    words = [
+        f"{s.kind} x {s.weight:g}"
+        + ("" if KINDS[s.kind].what == EMBEDDINGS else f" (layers {s.layers})")
+        for s in settings
+    ]
+    return ", ".join(words) or None
+
+
 def _setting(kind: str, value: Any) -> FeatureSetting:
     if kind not in KINDS:
         raise InputError(f"features has {kind!r}, which is none of {', '.join(KINDS)}")

@@ -141,14 +141,22 @@ def test_shipped_recipes_from_rows_to_report(name: str, tmp_path: Path) -> None:
 
 
 def test_a_recorded_classifier_and_tags(tmp_path: Path) -> None:
+    both = {"record__kind": "full", "train__features": "{hidden_mse: 1.0}"}
+    assert "a recording has no inner states" in message(tmp_path, "classification", **both)
     recorded = run(tmp_path, "classification", record__kind="full", name="recorded")
     assert recorded.exit_code == 0, recorded.output
     assert (tmp_path / "runs" / "recorded" / "recording" / "train").exists()
-    tags = {"name": "tags", "task": "token-classification"}
+    tags = {"name": "tags", "task": "token-classification", "train__features": "{hidden_mse: 2}"}
     file = write(tmp_path / "tags.jsonl", rows_of("tagging"))
     done = run(tmp_path, "classification", data__train=file, **tags)
     assert done.exit_code == 0, done.output
-    student = metrics(tmp_path / "runs" / "tags")["student"]
+    folder = tmp_path / "runs" / "tags"
+    assert "hidden_mse x 2 (layers uniform)" in (folder / "student" / "README.md").read_text()
+    logs = [
+        json.loads((folder / m / "log_history.json").read_text()) for m in ("student", "baseline")
+    ]
+    assert ["hidden_mse" in str(log) for log in logs] == [True, False]
+    student = metrics(folder)["student"]
     assert {"accuracy", "f1_macro"} <= student.keys()
 
 

@@ -35,6 +35,7 @@ from hf_distill.reporting.comparison import compare, results_table
 from hf_distill.reporting.model_card import CardFacts, write_card
 from hf_distill.reporting.report import names, write_report
 from hf_distill.teachers import LiveTeacher, as_teacher
+from hf_distill.training.feature_settings import features_named
 
 PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate")
 
@@ -207,7 +208,8 @@ def _named(places: str | list[str]) -> list[str]:
 
 def _objective(train: dict[str, Any]) -> dict[str, Any]:
     names = ("alpha", "temperature", "divergence", *parameters(train["divergence"]))
-    return {name: train[name] for name in names}
+    found = {name: train[name] for name in names}
+    return found | {"features": features_named(train.get("features"))}
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:

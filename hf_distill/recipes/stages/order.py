@@ -65,7 +65,7 @@ def _decide_student(recipe: Recipe) -> Any:
 
 
 # With cross-entropy only, these decide nothing but the divergence that is logged.
-OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew")
+OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew", "features")
 
 
 def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:

@@ -57,7 +57,7 @@ def train_teacher(run: Run, result: Path) -> None:
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
     # With alpha 0 the teacher runs in evaluations only, for the curve of the divergence.
-    _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0})
+    _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0, "features": None})
 
 
 def distil(run: Run, result: Path) -> None:
