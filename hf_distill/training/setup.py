@@ -116,6 +116,7 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
         teacher_inputs=trainer.teacher_inputs,
         extra_terms=trainer.extra_terms,
         auxiliary_weight=auxiliary_weight(trainer.model) if task.fused else 0.0,
+        judging=trainer._writer.judging,
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from distributed import TESTS, launch
+from on_policy_setup import Watching, make, written_rows
 from peft import LoraConfig, get_peft_model
 from trainer_setup import arguments, collate, make_rows, small_model, weights
 
-from hf_distill import DistillationTrainer
 from hf_distill.errors import InputError
 from hf_distill.training.on_policy import OnPolicy
 
@@ -21,44 +21,6 @@ sys.path.insert(0, str(TESTS / "tasks"))
 from task_models import collate as task_collate
 from task_models import make_model
 from task_models import make_rows as task_rows
-
-
-class Watching(DistillationTrainer):
-    """Keeps the batches of each step as they were trained on."""
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, counts = super().get_batch_samples(*args, **kwargs)
-        self.seen = [*getattr(self, "seen", []), *({**batch} for batch in batches)]
-        return batches, counts
-
-
-def make(folder: Path, kind: Any = Watching, rows: Any = None, **options: Any) -> Any:
-    fixed: dict[str, Any] = {"max_new_tokens": 6, "prompt_tokens": 3, "learning_rate": 1e-2}
-    teacher, model = options.pop("teacher", small_model(1)), options.pop("model", small_model(0))
-    collator = options.pop("data_collator", collate)
-    return kind(
-        model,
-        teacher,
-        arguments(folder, **(fixed | {"train_sampling_strategy": "sequential"} | options)),
-        train_dataset=make_rows(8, 0) if rows is None else rows,
-        data_collator=collator,
-    )
-
-
-def written_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of padded batches as a data set."""
-    found = []
-    for batch in batches:
-        weight = batch.get("ce_weight", torch.ones(len(batch["input_ids"])))
-        for ids, labels, mask, one in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], weight, strict=True
-        ):
-            keep = mask.bool()
-            found.append(
-                {"input_ids": ids[keep].tolist(), "labels": labels[keep].tolist(),
-                 "ce_weight": float(one)}
-            )  # fmt: skip
-    return found
 
 
 def test_without_a_share_nothing_changes(tmp_path: Path) -> None:

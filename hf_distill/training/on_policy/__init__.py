@@ -1,0 +1,10 @@
+"""On-policy rows: the student writes the completions that the teacher judges.
+
+OnPolicy              replaces rows of an optimizer step by the student's own text
+OnPolicyArguments     its settings, a part of `DistillationArguments`
+"""
+
+from hf_distill.training.on_policy.arguments import OnPolicyArguments
+from hf_distill.training.on_policy.writer import OnPolicy
+
+__all__ = ["OnPolicy", "OnPolicyArguments"]
