@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import TESTS, launch
+from distributed import TESTS
 from on_policy_setup import Watching, make, written_rows
 from peft import LoraConfig, get_peft_model
 from trainer_setup import arguments, collate, make_rows, small_model, weights
@@ -158,23 +158,6 @@ def test_prompts_alone_are_enough(tmp_path: Path) -> None:
     for row, old in zip(written_rows(trainer.seen), rows, strict=False):
         assert row["input_ids"][: len(old["input_ids"])] == old["input_ids"]
     assert isinstance(trainer._writer, OnPolicy)
-
-
-def make_for_processes(folder: Path, processes: int) -> Any:
-    size = 8 // processes
-    return make(
-        folder, on_policy=0.6, max_steps=2, per_device_train_batch_size=size, optim="sgd",
-        learning_rate=0.3,
-    )  # fmt: skip
-
-
-def test_two_processes_write_and_learn_as_one(tmp_path: Path) -> None:
-    alone = make_for_processes(tmp_path, processes=1)
-    alone.train()
-    launch("on_policy_worker.py", str(tmp_path))
-    found = torch.load(tmp_path / "weights.pt")
-    for name, value in weights(alone).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])
