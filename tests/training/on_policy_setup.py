@@ -30,7 +30,8 @@ def make(folder: Path, kind: Any = Watching, rows: Any = None, **options: Any) -
     fixed: dict[str, Any] = {"max_new_tokens": 6, "prompt_tokens": 3, "learning_rate": 1e-2}
     teacher, model = options.pop("teacher", small_model(1)), options.pop("model", small_model(0))
     collator = options.pop("data_collator", collate)
-    passed = {name: options.pop(name) for name in ("processing_class",) if name in options}
+    names = [name for name in ("processing_class", "eval_dataset") if name in options]
+    passed = {name: options.pop(name) for name in names}
     return kind(
         model,
         teacher,

@@ -29,6 +29,13 @@ class OnPolicyArguments(TrainingArguments):
             "help": "Steps in which that share rises linearly from 0; below 1 a share of all steps."
         },
     )
+    on_policy_raise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to that share, up to 1, at each evaluation with a higher loss than the "
+            "one before."
+        },
+    )
     on_policy_divergence: str | None = field(
         default=None,
         metadata={
@@ -54,11 +61,27 @@ class OnPolicyArguments(TrainingArguments):
         metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
     )
 
+    keep_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the rows that the student writes in output_dir, for "
+            "hf_distill.written_rows."
+        },
+    )
+    replay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
+        },
+    )
+
     def on_policy_ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each value is within its range, and the range in words."""
         return {
             "on_policy": (0 <= self.on_policy <= 1, "between 0 and 1"),
             "on_policy_warmup": (0 <= self.on_policy_warmup < float("inf"), "at least 0"),
+            "on_policy_raise": (0 <= self.on_policy_raise <= 1, "between 0 and 1"),
+            "replay": (0 <= self.replay <= 1, "between 0 and 1"),
             "on_policy_divergence": (
                 self.on_policy_divergence in (None, DRAWN, *DIVERGENCES),
                 f"one of {', '.join((*DIVERGENCES, DRAWN))}",

@@ -27,6 +27,7 @@ from hf_distill.models.engines import is_sharded
 from hf_distill.models.generation import Generator
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX, CausalLM, Seq2SeqLM
+from hf_distill.training.on_policy.kept_rows import KeptTexts
 from hf_distill.training.on_policy.rows import KNOWN, Row, batch_of, read_rows
 from hf_distill.training.on_policy.share import share_now
 from hf_distill.training.on_policy.texts import Stopwatch, Text, Troubles, text_figures
@@ -53,8 +54,10 @@ class OnPolicy:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.seconds = Stopwatch(trainer.args.device)
+        self._state: Any = None  # of the training that the following belongs to
         self._texts: list[Text] = []  # since the last log, of all processes
         self._troubles = Troubles()
+        self._kept: KeptTexts | None = None
 
     def write(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Replace rows in the micro-batches of one optimizer step, in place.
@@ -63,9 +66,12 @@ class OnPolicy:
         raises: InputError for rows or a trainer for which this is not possible
         """
         args = self.trainer.args
-        if not args.on_policy or not batches:
+        if not self.wanted or not batches:
             return {}
         self._check(batches)
+        if self.trainer.state is not self._state:  # another training, or one that goes on
+            self._state, self._texts = self.trainer.state, []
+            self._troubles, self._kept = Troubles(), None
         rows = [
             read_rows(batch, encoder_decoder=self.encoder_decoder, prompt_tokens=args.prompt_tokens)
             for batch in batches
@@ -74,9 +80,10 @@ class OnPolicy:
         chosen = [
             row for of_batch in rows for row in of_batch if self._number(row, "choose") < share
         ]
+        kept = self._kept_texts()
         with self.seconds("writing"):
-            texts = self._write(chosen)
-        self._keep(texts)
+            texts = self._write([row for row in chosen if not self._repeat(row, kept)])
+        self._note(texts, kept)
         for batch, of_batch in zip(batches, rows, strict=True):
             self._replace(batch, of_batch)
         counts = self.trainer._get_num_items_in_batch(batches, args.device)
@@ -117,13 +124,18 @@ class OnPolicy:
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """A context that adds its time to a figure of the log."""
-        return self.seconds(name) if self.trainer.args.on_policy else nullcontext()
+        return self.seconds(name) if self.wanted else nullcontext()
 
     def judging(self) -> AbstractContextManager[None]:
         """A context around the teacher's forward, timed in training steps."""
         return self.timed("judging") if self.trainer.model.training else nullcontext()
 
     # ---- Which rows ----
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the student may write in some step."""
+        return bool(self.trainer.args.on_policy or self.trainer.args.on_policy_raise)
 
     def _number(self, row: Row, purpose: str) -> float:
         """A number from 0 to below 1 that follows from seed, step and prompt."""
@@ -220,10 +232,34 @@ class OnPolicy:
             for module, training in modes:
                 module.training = training
 
-    def _keep(self, texts: list[Text]) -> None:
-        """Note the texts of a step, of all processes."""
+    # ---- Texts of earlier steps ----
+
+    def _kept_texts(self) -> KeptTexts | None:
+        """The texts of this training so far; None where they are not kept."""
+        args = self.trainer.args
+        if self._kept is None and (args.keep_rows or args.replay):
+            folder, kind = str(args.output_dir), self.encoder_decoder
+            self._kept = KeptTexts(folder, encoder_decoder=kind)
+            self._kept.resume(self.trainer.state.global_step, self.trainer.accelerator)
+        return self._kept
+
+    def _repeat(self, row: Row, kept: KeptTexts | None) -> bool:
+        """Make a row one of an earlier step, for a share of the rows; whether it was done."""
+        if kept is None or self._number(row, "replay") >= self.trainer.args.replay:
+            return False
+        step = self.trainer.state.global_step + 1
+        earlier = kept.earlier(self._number(row, "which"), step)
+        if earlier is not None:
+            row.prompt, row.completion = list(earlier.prompt), list(earlier.completion)
+        return earlier is not None
+
+    def _note(self, texts: list[Text], kept: KeptTexts | None) -> None:
+        """Note the new texts of a step, of all processes."""
         self._texts += texts
-        for message in self._troubles.found(texts, self.trainer.args.max_new_tokens):
+        trainer = self.trainer
+        if kept is not None:
+            kept.add(texts, trainer.processing_class, main=trainer.is_world_process_zero())
+        for message in self._troubles.found(texts, trainer.args.max_new_tokens):
             warn_once(message)
 
     # ---- Batches ----
@@ -279,6 +315,11 @@ class OnPolicy:
         if not isinstance(trainer._loss.task, CausalLM | Seq2SeqLM):
             raise InputError(
                 f"on_policy needs a student that writes, not {trainer._loss.task.name}"
+            )
+        if trainer.args.on_policy_raise and trainer.args.eval_strategy == "no":
+            raise InputError(
+                "on_policy_raise follows the loss of evaluations, but eval_strategy is 'no': set "
+                "it to 'steps' or 'epoch', or on_policy_raise to 0"
             )
         if trainer.teacher is None:
             beside = ", beside the recordings of the data rows" if trainer._recorded else ""
