@@ -112,24 +112,6 @@ def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
         assert row["input_ids"] == alone.tolist()
 
 
-def test_figures_are_logged(tmp_path: Path) -> None:
-    trainer = make(tmp_path, on_policy=1.0, max_steps=2)
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    assert 1 <= entry["written_tokens"] <= 6
-    assert 0 <= entry["written_cut"] <= 1
-    assert 0 <= entry["written_repetition"] <= 1
-    assert entry["writing_seconds"] > 0
-    assert entry["ce"] == 0  # no row has labels to learn
-
-
-def test_texts_without_an_end_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = small_model(0)
-    model.generation_config.suppress_tokens = [0]
-    make(tmp_path, model=model, on_policy=1.0, max_steps=4).train()
-    assert sum("ran to max_new_tokens=6" in record.message for record in caplog.records) == 1
-
-
 def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     batch = collate(rows)
     positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])

@@ -16,6 +16,7 @@ from test_distributed import on_two
 from test_trainer_rows import ANSWER, CHATML, USER
 from trainer_setup import arguments, make_rows, small_model, weights
 
+import hf_distill
 from hf_distill import InputError
 from hf_distill.data import Collator
 from hf_distill.training.on_policy.share import share_now
@@ -225,6 +226,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {"on_policy": 0.6},
     # In some steps a process has no row to write.
     "apart": {"on_policy": 0.3, "on_policy_divergence": "reverse_kl", "on_policy_warmup": 2},
+    "replay": {"on_policy": 1.0, "replay": 0.5, "keep_rows": True},
 }
 
 
@@ -247,6 +249,12 @@ def test_two_processes_write_and_learn_as_one(engine: str, tmp_path: Path) -> No
         for name, value in weights(alone).items():
             if name in found:
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+        if case == "replay":
+            two, one = (
+                hf_distill.written_rows(alone_or_not)
+                for alone_or_not in (tmp_path / f"{case}-two", tmp_path / "one")
+            )
+            assert two.to_list() == one.to_list()
         logs = json.loads((tmp_path / f"{case}.json").read_text())
         assert len(logs) == len(alone.state.log_history) == 5
         for log, expected in zip(logs[:-1], alone.state.log_history, strict=False):

@@ -75,12 +75,20 @@ class OnPolicyArguments(TrainingArguments):
         },
     )
 
+    sample_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Steps between the written texts that are kept in the log history; 0 for none."
+        },
+    )
+
     def on_policy_ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each value is within its range, and the range in words."""
         return {
             "on_policy": (0 <= self.on_policy <= 1, "between 0 and 1"),
             "on_policy_warmup": (0 <= self.on_policy_warmup < float("inf"), "at least 0"),
             "on_policy_raise": (0 <= self.on_policy_raise <= 1, "between 0 and 1"),
+            "sample_steps": (self.sample_steps >= 0, "at least 0"),
             "replay": (0 <= self.replay <= 1, "between 0 and 1"),
             "on_policy_divergence": (
                 self.on_policy_divergence in (None, DRAWN, *DIVERGENCES),

@@ -27,7 +27,8 @@ from hf_distill.models.engines import is_sharded
 from hf_distill.models.generation import Generator
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX, CausalLM, Seq2SeqLM
-from hf_distill.training.on_policy.kept_rows import KeptTexts
+from hf_distill.training.on_policy.judgement import judgement
+from hf_distill.training.on_policy.kept_rows import KeptTexts, decoded
 from hf_distill.training.on_policy.rows import KNOWN, Row, batch_of, read_rows
 from hf_distill.training.on_policy.share import share_now
 from hf_distill.training.on_policy.texts import Stopwatch, Text, Troubles, text_figures
@@ -116,11 +117,33 @@ class OnPolicy:
         if not found:
             return {}
         judging = seconds.get("judging", 0.0)
-        return found | {
-            "writing_seconds": seconds.get("writing", 0.0),
-            "judging_seconds": judging,
-            "learning_seconds": seconds.get("step", 0.0) - judging,
-        }
+        self._sample(texts)
+        return (
+            found
+            | judgement(self.trainer, texts, self.pad_token_id)
+            | {
+                "writing_seconds": seconds.get("writing", 0.0),
+                "judging_seconds": judging,
+                "learning_seconds": seconds.get("step", 0.0) - judging,
+            }
+        )
+
+    def _sample(self, texts: list[Text]) -> None:
+        """Put a text into the trainer's log history, every `sample_steps` steps."""
+        every, state = self.trainer.args.sample_steps, self.trainer.state
+        sampled = [entry["step"] for entry in state.log_history if "written_text" in entry]
+        tokenizer = self.trainer.processing_class
+        if not every or state.global_step // every == max(sampled, default=0) // every:
+            return
+        text = texts[-1]
+        state.log_history.append(
+            {
+                "step": state.global_step,
+                "epoch": state.epoch,
+                "written_prompt": decoded(tokenizer, text.prompt),
+                "written_text": decoded(tokenizer, text.completion),
+            }
+        )
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """A context that adds its time to a figure of the log."""
