@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_distill.recordings.recorder import load_recording, record
     from hf_distill.teachers import AdapterTeacher
     from hf_distill.training.arguments import DistillationArguments
+    from hf_distill.training.on_policy import written_rows
     from hf_distill.training.seq2seq import (
         Seq2SeqDistillationArguments,
         Seq2SeqDistillationTrainer,
@@ -37,6 +38,7 @@ _PACKAGES = {
     "load_recording": "recordings",
     "record": "recordings",
     "student_from_teacher": "models",
+    "written_rows": "training",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "load_recording",
     "record",
     "student_from_teacher",
+    "written_rows",
 ]
 
 

@@ -1,6 +1,7 @@
 """Training: arguments, the trainers, checkpoints."""
 
 from hf_distill.training.arguments import DistillationArguments
+from hf_distill.training.on_policy import written_rows
 from hf_distill.training.seq2seq import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
 from hf_distill.training.trainer import DistillationTrainer
 
@@ -9,4 +10,5 @@ __all__ = [
     "DistillationTrainer",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
+    "written_rows",
 ]

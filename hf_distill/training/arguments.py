@@ -15,6 +15,7 @@ from hf_distill.errors import InputError
 from hf_distill.losses.divergences import DIVERGENCES, named_divergence
 from hf_distill.teachers.placement import check_placement
 from hf_distill.training.feature_settings import KINDS, feature_settings
+from hf_distill.training.on_policy.arguments import OnPolicyArguments
 
 # The packages, any one of them, that the trackers of the extra "trackers" need.
 TRACKERS = {
@@ -25,7 +26,7 @@ TRACKERS = {
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationArguments(OnPolicyArguments):
     """`transformers.TrainingArguments` with the settings of a distillation.
 
     raises: InputError for a value out of range or an option that a distillation cannot honour
@@ -106,30 +107,6 @@ class DistillationArguments(TrainingArguments):
     assistant_only_loss: bool = field(
         default=False,
         metadata={"help": "Raw rows of messages: learn the assistant's turns only."},
-    )
-    on_policy: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the rows, 0 to 1, whose completion the student writes itself in each "
-            "step, to be judged by a live teacher without cross-entropy."
-        },
-    )
-    sampling_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature at which the student writes; 0 for the likeliest tokens."},
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "The student draws from the likeliest tokens of this mass."}
-    )
-    top_k: int = field(
-        default=0, metadata={"help": "The student draws from this many likeliest tokens; 0: all."}
-    )
-    max_new_tokens: int = field(
-        default=128, metadata={"help": "The most tokens that the student writes for a row."}
-    )
-    prompt_tokens: int = field(
-        default=32,
-        metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
     )
     max_target_length: int | None = field(
         default=None,
@@ -257,12 +234,6 @@ class DistillationArguments(TrainingArguments):
                 self.head_memory_mb is None or self.head_memory_mb >= 1,
                 "at least 1",
             ),
-            "on_policy": (0 <= self.on_policy <= 1, "between 0 and 1"),
-            "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
             "max_target_length": (
@@ -271,6 +242,7 @@ class DistillationArguments(TrainingArguments):
             ),
             "doc_stride": (self.doc_stride is None or self.doc_stride >= 0, "at least 0"),
             "mlm_probability": (0 < self.mlm_probability < 1, "strictly between 0 and 1"),
+            **self.on_policy_ranges(),
         }
         for name, (fits, allowed) in ranges.items():
             if not fits:

@@ -133,6 +133,14 @@ class Features:
             finally:
                 handle.remove()
 
+    def check_written(self, asked: Mapping[str, Any] | None) -> None:
+        """InputError where the teacher sees another batch than the student. asked: that batch"""
+        if asked is not None and self:
+            raise InputError(
+                "features compare layers at the same positions, but the teacher sees other prompts "
+                "than the student: leave out features, or the column of the teacher's prompts"
+            )
+
     def terms(
         self, ours: Projected, theirs: Found, batch: Mapping[str, Any], targets: Targets
     ) -> dict[str, Term]:

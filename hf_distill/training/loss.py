@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_distill.errors import InputError
-from hf_distill.losses.objective import Objective, ObjectiveValue, Term
-from hf_distill.losses.signals import Hidden, Logits
+from hf_distill.losses.objective import Objective, Term
+from hf_distill.losses.parts import Part, evaluate_parts
+from hf_distill.losses.signals import Hidden, Logits, Signal
 from hf_distill.losses.targets import DENOMINATORS, Targets, accumulator, precise_sum
 from hf_distill.models.base import base_model
 from hf_distill.models.runner import ModelRunner
@@ -18,9 +20,12 @@ from hf_distill.recordings.reader import recorded_signal, without_recording
 from hf_distill.tasks import Task
 from hf_distill.teachers import Teacher
 from hf_distill.training.features import Features
+from hf_distill.training.on_policy.written import judged_apart, without_written
 from hf_distill.training.target_index import StepTargets
 
 Counts = dict[str, Tensor]
+# A loss, and values at the targets by name with the name of their denominator.
+Evaluated = tuple[Tensor, dict[str, tuple[Tensor, str]]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class DistillationLoss:
     teacher_inputs, extra_terms: the trainer's hooks
     features: losses between inner states of student and teacher
     auxiliary_weight: of the student's own auxiliary loss (`outputs.aux_loss`)
+    judging: a context around the live teacher's forward, to time it
     """
 
     student: ModelRunner
@@ -79,6 +85,7 @@ class DistillationLoss:
     extra_terms: Callable[[Mapping[str, Any], Any], dict[str, Term]]
     features: Features
     auxiliary_weight: float = 0.0
+    judging: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(
         self,
@@ -100,37 +107,52 @@ class DistillationLoss:
         """
         self.student.check_length(batch)  # before the teacher, which may take fewer tokens
         targets = self.task.targets(batch, self.step_targets.find(batch))
+        batch, written = without_written(batch)
         inputs = self.task.model_inputs(without_recording(batch))
-        signal, judged = None, objective.alpha > 0 or not model.training
+        signal: Signal | None = None
+        judged = objective.alpha > 0 or not model.training
+        parts: tuple[Part, ...] = ()
         with self.features.of_teacher() as of_teacher:
-            if judged:
-                signal = recorded_signal(batch, targets)
-            if signal is None and self.teacher is not None and (judged or self.features):
-                signal = self.teacher.signal(self.teacher_inputs(inputs), targets)
-        if signal is None and objective.alpha > 0:
+            if written is not None:
+                self.features.check_written(written.asked)
+                parts = judged_apart(self, batch, written, targets, objective)
+            else:
+                signal = recorded_signal(batch, targets) if judged else None
+                if signal is None and self.teacher is not None and (judged or self.features):
+                    signal = self.asked(self.teacher_inputs(inputs), targets)
+        if signal is None and objective.alpha > 0 and written is None:
             raise InputError(
                 f"alpha is {objective.alpha}, but the batch has no recording and no teacher was "
                 "given: record all rows, pass teacher=, or set alpha to 0"
             )
         scale = processes / counts["targets"].to(accumulator(counts["targets"]))
 
-        def evaluate(student: Hidden | Logits) -> tuple[ObjectiveValue, Tensor]:
+        def evaluate(student: Hidden | Logits) -> tuple[Evaluated, Tensor]:
+            if parts:
+                found = evaluate_parts(parts, student, targets, counts, scale)
+                return found, found[0]
             value = objective(student, targets, signal if judged else None, counts, scale)
-            return value, value.loss
+            return (value.loss, objective.weighted(value.per_target, targets)), value.loss
 
         with self.features.of_student() as of_student:
-            value, outputs, zero = self.student.run(
+            (loss, per_target), outputs, zero = self.student.run(
                 model, inputs, targets, evaluate, whole_logits=whole_logits
             )
         terms = self.features.terms(of_student, of_teacher, batch, targets)
         terms |= self._auxiliary(outputs, batch) | self.extra_terms(inputs, outputs)
         return BatchLoss(
-            loss=value.loss if zero is None else value.loss + zero,
+            loss=loss if zero is None else loss + zero,
             targets=targets,
-            per_target=objective.weighted(value.per_target, targets),
+            per_target=per_target,
             terms=terms,
             outputs=outputs,
         )
+
+    def asked(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
+        """The live teacher's signal at the targets. inputs: what it sees of a batch"""
+        assert self.teacher is not None
+        with self.judging():
+            return self.teacher.signal(inputs, targets)
 
     def _auxiliary(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Term]:
         """The load-balancing loss of a mixture of experts, which its forward leaves out without

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import Collator, collator, find_form, is_raw, tokenize_raw_rows
 from hf_distill.data.forms import known_forms
+from hf_distill.data.prompt_rows import TEACHER_PROMPT, holds_prompts, tokenize_prompts
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.loading import local_tokenizer
@@ -65,11 +66,20 @@ class RowPreparation:
 
     def is_raw(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether rows are of a known raw form, and not tokenized yet."""
-        return is_raw(dataset)
+        return is_raw(dataset) or self.prompts_only(_names(dataset))
 
     def known(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is of a known raw form."""
-        return find_form(list(row)) is not None
+        return find_form(list(row)) is not None or self.prompts_only(list(row))
+
+    def prompts_only(self, names: Sequence[str]) -> bool:
+        """Whether rows with these columns are prompts whose completions the student writes."""
+        if self.args.on_policy and TEACHER_PROMPT in names and "completion" in names:
+            raise InputError(
+                f"the rows have {TEACHER_PROMPT!r} and completions, but a teacher with a prompt of "
+                "its own judges what the student writes: leave out the column 'completion'"
+            )
+        return bool(self.args.on_policy) and holds_prompts(names)
 
     def known_forms(self) -> str:
         """The known raw forms, for messages."""
@@ -79,10 +89,15 @@ class RowPreparation:
         self, dataset: Dataset | IterableDataset, name: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Dataset | IterableDataset, str]:
         """Raw rows as token ids, and one line that says what was done."""
+        length = self._max_length(tokenizer)
+        if self.prompts_only(_names(dataset)):
+            if self.args.packing:
+                raise InputError("on_policy needs one document a row: set packing to False")
+            return tokenize_prompts(dataset, tokenizer, max_length=length)
         return tokenize_raw_rows(
             dataset,
             tokenizer,
-            max_length=self._max_length(tokenizer),
+            max_length=length,
             packing=self.args.packing,
             completion_only_loss=self.args.completion_only_loss,
             assistant_only_loss=self.args.assistant_only_loss,
@@ -102,7 +117,7 @@ class RowPreparation:
     def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
         if not self.args.remove_unused_columns and self._own_collator:
             return False  # the user's collator reads the rows as they are
-        names = dataset.column_names or list(next(iter(dataset), {}))
+        names = _names(dataset)
         if self.is_raw(dataset):
             return True
         if "input_ids" not in names and not self._own_collator and names:
@@ -130,3 +145,7 @@ class RowPreparation:
         limits = [tokenizer.model_max_length, self._positions or DEFAULT_MAX_LENGTH]
         wanted = self.args.max_length
         return min(DEFAULT_MAX_LENGTH, *limits) if wanted is None else wanted
+
+
+def _names(dataset: Dataset | IterableDataset) -> list[str]:
+    return list(dataset.column_names or next(iter(dataset), {}))

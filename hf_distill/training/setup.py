@@ -118,6 +118,7 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
         extra_terms=trainer.extra_terms,
         features=make_features(trainer),
         auxiliary_weight=auxiliary_weight(trainer.model) if task.fused else 0.0,
+        judging=trainer._writer.judging,
     )
 
 

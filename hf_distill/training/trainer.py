@@ -154,7 +154,8 @@ class DistillationMixin(SavingMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. A loss that is not finite ends the training before the optimizer step."""
-        loss = super().training_step(*args, **kwargs)
+        with self._writer.timed("step"):
+            loss = super().training_step(*args, **kwargs)
         self._sums.finish_step(self.accelerator)
         return loss_for_log(self, loss)
 
@@ -162,8 +163,7 @@ class DistillationMixin(SavingMixin):
         """As Trainer's; the student writes, and the index of the targets is taken out."""
         counts: Any
         batches, counts = super().get_batch_samples(*args, **kwargs)
-        if self._writer.write(batches):
-            counts = self._get_num_items_in_batch(batches, self.args.device)
+        counts = self._writer.write(batches) or counts
         self._loss.step_targets.take(batches, self._checks.check)
         return batches, counts
 

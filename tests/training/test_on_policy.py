@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import TESTS, launch
+from distributed import TESTS
+from on_policy_setup import Watching, make, written_rows
 from peft import LoraConfig, get_peft_model
 from trainer_setup import arguments, collate, make_rows, small_model, weights
 
-from hf_distill import DistillationTrainer
 from hf_distill.errors import InputError
 from hf_distill.training.on_policy import OnPolicy
 
@@ -21,44 +21,6 @@ sys.path.insert(0, str(TESTS / "tasks"))
 from task_models import collate as task_collate
 from task_models import make_model
 from task_models import make_rows as task_rows
-
-
-class Watching(DistillationTrainer):
-    """Keeps the batches of each step as they were trained on."""
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, counts = super().get_batch_samples(*args, **kwargs)
-        self.seen = [*getattr(self, "seen", []), *({**batch} for batch in batches)]
-        return batches, counts
-
-
-def make(folder: Path, kind: Any = Watching, rows: Any = None, **options: Any) -> Any:
-    fixed: dict[str, Any] = {"max_new_tokens": 6, "prompt_tokens": 3, "learning_rate": 1e-2}
-    teacher, model = options.pop("teacher", small_model(1)), options.pop("model", small_model(0))
-    collator = options.pop("data_collator", collate)
-    return kind(
-        model,
-        teacher,
-        arguments(folder, **(fixed | {"train_sampling_strategy": "sequential"} | options)),
-        train_dataset=make_rows(8, 0) if rows is None else rows,
-        data_collator=collator,
-    )
-
-
-def written_rows(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of padded batches as a data set."""
-    found = []
-    for batch in batches:
-        weight = batch.get("ce_weight", torch.ones(len(batch["input_ids"])))
-        for ids, labels, mask, one in zip(
-            batch["input_ids"], batch["labels"], batch["attention_mask"], weight, strict=True
-        ):
-            keep = mask.bool()
-            found.append(
-                {"input_ids": ids[keep].tolist(), "labels": labels[keep].tolist(),
-                 "ce_weight": float(one)}
-            )  # fmt: skip
-    return found
 
 
 def test_without_a_share_nothing_changes(tmp_path: Path) -> None:
@@ -150,24 +112,6 @@ def test_greedy_text_is_that_of_generate(tmp_path: Path) -> None:
         assert row["input_ids"] == alone.tolist()
 
 
-def test_figures_are_logged(tmp_path: Path) -> None:
-    trainer = make(tmp_path, on_policy=1.0, max_steps=2)
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    assert 1 <= entry["written_tokens"] <= 6
-    assert 0 <= entry["written_cut"] <= 1
-    assert 0 <= entry["written_repetition"] <= 1
-    assert entry["writing_seconds"] > 0
-    assert entry["ce"] == 0  # no row has labels to learn
-
-
-def test_texts_without_an_end_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = small_model(0)
-    model.generation_config.suppress_tokens = [0]
-    make(tmp_path, model=model, on_policy=1.0, max_steps=4).train()
-    assert sum("ran to max_new_tokens=6" in record.message for record in caplog.records) == 1
-
-
 def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     batch = collate(rows)
     positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
@@ -196,23 +140,6 @@ def test_prompts_alone_are_enough(tmp_path: Path) -> None:
     for row, old in zip(written_rows(trainer.seen), rows, strict=False):
         assert row["input_ids"][: len(old["input_ids"])] == old["input_ids"]
     assert isinstance(trainer._writer, OnPolicy)
-
-
-def make_for_processes(folder: Path, processes: int) -> Any:
-    size = 8 // processes
-    return make(
-        folder, on_policy=0.6, max_steps=2, per_device_train_batch_size=size, optim="sgd",
-        learning_rate=0.3,
-    )  # fmt: skip
-
-
-def test_two_processes_write_and_learn_as_one(tmp_path: Path) -> None:
-    alone = make_for_processes(tmp_path, processes=1)
-    alone.train()
-    launch("on_policy_worker.py", str(tmp_path))
-    found = torch.load(tmp_path / "weights.pt")
-    for name, value in weights(alone).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])

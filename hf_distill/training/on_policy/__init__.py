@@ -1,0 +1,12 @@
+"""On-policy rows: the student writes the completions that the teacher judges.
+
+OnPolicy              replaces rows of an optimizer step by the student's own text
+OnPolicyArguments     its settings, a part of `DistillationArguments`
+written_rows          what was written in a training, as a data set
+"""
+
+from hf_distill.training.on_policy.arguments import OnPolicyArguments
+from hf_distill.training.on_policy.kept_rows import written_rows
+from hf_distill.training.on_policy.writer import OnPolicy
+
+__all__ = ["OnPolicy", "OnPolicyArguments", "written_rows"]

@@ -1,0 +1,102 @@
+"""The settings of on-policy rows, a part of `DistillationArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_distill.losses.divergences import DIVERGENCES
+
+# Judges the tokens that the student has drawn, each by itself (`losses.parts.drawn_tokens`).
+DRAWN = "drawn_token"
+
+
+@dataclass
+class OnPolicyArguments(TrainingArguments):
+    """See `DistillationArguments`, which checks the values."""
+
+    on_policy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows, 0 to 1, whose completion the student writes itself in each "
+            "step, to be judged by a live teacher without cross-entropy."
+        },
+    )
+    on_policy_warmup: float = field(
+        default=0.0,
+        metadata={
+            "help": "Steps in which that share rises linearly from 0; below 1 a share of all steps."
+        },
+    )
+    on_policy_raise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to that share, up to 1, at each evaluation with a higher loss than the "
+            "one before."
+        },
+    )
+    on_policy_divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "Divergence of the student's own text where it is not that of the other rows; "
+            f"also {DRAWN}, the reverse KL estimated from each token that was drawn."
+        },
+    )
+    sampling_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature at which the student writes; 0 for the likeliest tokens."},
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "The student draws from the likeliest tokens of this mass."}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "The student draws from this many likeliest tokens; 0: all."}
+    )
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "The most tokens that the student writes for a row."}
+    )
+    prompt_tokens: int = field(
+        default=32,
+        metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
+    )
+
+    keep_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the rows that the student writes in output_dir, for "
+            "hf_distill.written_rows."
+        },
+    )
+    replay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
+        },
+    )
+
+    sample_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Steps between the written texts that are kept in the log history; 0 for none."
+        },
+    )
+
+    def on_policy_ranges(self) -> dict[str, tuple[bool, str]]:
+        """Whether each value is within its range, and the range in words."""
+        return {
+            "on_policy": (0 <= self.on_policy <= 1, "between 0 and 1"),
+            "on_policy_warmup": (0 <= self.on_policy_warmup < float("inf"), "at least 0"),
+            "on_policy_raise": (0 <= self.on_policy_raise <= 1, "between 0 and 1"),
+            "sample_steps": (self.sample_steps >= 0, "at least 0"),
+            "replay": (0 <= self.replay <= 1, "between 0 and 1"),
+            "on_policy_divergence": (
+                self.on_policy_divergence in (None, DRAWN, *DIVERGENCES),
+                f"one of {', '.join((*DIVERGENCES, DRAWN))}",
+            ),
+            "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
+        }

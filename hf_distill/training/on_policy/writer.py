@@ -1,0 +1,366 @@
+"""`OnPolicy`: replaces rows of an optimizer step by the student's own text.
+
+Before the targets of an optimizer step are counted, a share of its rows is replaced: the prompt of
+the row stays, the student writes what follows. Counting, the objective and the fused head then see
+a batch like any other. The student's own text carries no cross-entropy (`ce_weight` 0).
+
+Which rows, and what is drawn, follows from seed, step and prompt alone: neither batch size,
+accumulation, processes nor an interruption change it. Source: GKD, arXiv:2306.13649.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from hf_distill.errors import InputError, warn_once
+from hf_distill.models.base import base_model
+from hf_distill.models.engines import is_sharded
+from hf_distill.models.generation import Generator
+from hf_distill.recordings.collator import ALL_NAMES
+from hf_distill.tasks import TARGET_INDEX, CausalLM, Seq2SeqLM
+from hf_distill.training.on_policy.judgement import judgement
+from hf_distill.training.on_policy.kept_rows import KeptTexts, decoded
+from hf_distill.training.on_policy.rows import KNOWN, Row, batch_of, read_rows
+from hf_distill.training.on_policy.share import share_now
+from hf_distill.training.on_policy.texts import Stopwatch, Text, Troubles, text_figures
+from hf_distill.training.on_policy.written import (
+    DATA_TARGETS,
+    OWN_TARGETS,
+    WRITTEN,
+    Written,
+    own_divergence,
+)
+from hf_distill.training.target_index import TargetIndex
+
+# Prompts of similar length that are continued together.
+ROWS_AT_A_TIME = 32
+
+
+class OnPolicy:
+    """Replaces rows of a step by the student's own text.
+
+    trainer: a `DistillationTrainer`
+    seconds: the time spent in parts of a step
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.seconds = Stopwatch(trainer.args.device)
+        self._state: Any = None  # of the training that the following belongs to
+        self._texts: list[Text] = []  # since the last log, of all processes
+        self._troubles = Troubles()
+        self._kept: KeptTexts | None = None
+
+    def write(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Replace rows in the micro-batches of one optimizer step, in place.
+
+        returns: the counts of the step as it is now; {} where no row is ever replaced
+        raises: InputError for rows or a trainer for which this is not possible
+        """
+        args = self.trainer.args
+        if not self.wanted or not batches:
+            return {}
+        self._check(batches)
+        if self.trainer.state is not self._state:  # another training, or one that goes on
+            self._state, self._texts = self.trainer.state, []
+            self._troubles, self._kept = Troubles(), None
+        rows = [
+            read_rows(batch, encoder_decoder=self.encoder_decoder, prompt_tokens=args.prompt_tokens)
+            for batch in batches
+        ]
+        share = share_now(args, self.trainer.state)
+        chosen = [
+            row for of_batch in rows for row in of_batch if self._number(row, "choose") < share
+        ]
+        kept = self._kept_texts()
+        with self.seconds("writing"):
+            texts = self._write([row for row in chosen if not self._repeat(row, kept)])
+        self._note(texts, kept)
+        for batch, of_batch in zip(batches, rows, strict=True):
+            self._replace(batch, of_batch)
+        counts = self.trainer._get_num_items_in_batch(batches, args.device)
+        return {**counts, **(self._counts(batches) if self.apart else {})}
+
+    def _counts(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The targets of the student's own text and of data rows with a weight in the divergence.
+
+        Over the micro-batches of a step and all processes, at least one each.
+        """
+        trainer, sums = self.trainer, torch.zeros(2, dtype=torch.int64)
+        sums = sums.to(trainer.args.device)
+        for batch in batches:
+            of_rows = trainer._loss.task.counts(batch)[:, -1]  # "divergence_targets"
+            own = batch[WRITTEN].rows
+            sums += torch.stack([(of_rows * own).sum(), (of_rows * ~own).sum()])
+        if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+            sums = trainer.accelerator.reduce(sums, "sum")
+        own_targets, data_targets = sums.clamp(min=1)
+        return {OWN_TARGETS: own_targets, DATA_TARGETS: data_targets}
+
+    def pop_figures(self) -> dict[str, float]:
+        """What was written since the last call on all processes, for the log.
+
+        The seconds are those of this process.
+        """
+        texts, self._texts = self._texts, []
+        found = text_figures(texts)
+        seconds = self.seconds.pop()
+        if not found:
+            return {}
+        judging = seconds.get("judging", 0.0)
+        self._sample(texts)
+        return (
+            found
+            | judgement(self.trainer, texts, self.pad_token_id)
+            | {
+                "writing_seconds": seconds.get("writing", 0.0),
+                "judging_seconds": judging,
+                "learning_seconds": seconds.get("step", 0.0) - judging,
+            }
+        )
+
+    def _sample(self, texts: list[Text]) -> None:
+        """Put a text into the trainer's log history, every `sample_steps` steps."""
+        every, state = self.trainer.args.sample_steps, self.trainer.state
+        sampled = [entry["step"] for entry in state.log_history if "written_text" in entry]
+        tokenizer = self.trainer.processing_class
+        if not every or state.global_step // every == max(sampled, default=0) // every:
+            return
+        text = texts[-1]
+        state.log_history.append(
+            {
+                "step": state.global_step,
+                "epoch": state.epoch,
+                "written_prompt": decoded(tokenizer, text.prompt),
+                "written_text": decoded(tokenizer, text.completion),
+            }
+        )
+
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """A context that adds its time to a figure of the log."""
+        return self.seconds(name) if self.wanted else nullcontext()
+
+    def judging(self) -> AbstractContextManager[None]:
+        """A context around the teacher's forward, timed in training steps."""
+        return self.timed("judging") if self.trainer.model.training else nullcontext()
+
+    # ---- Which rows ----
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the student may write in some step."""
+        return bool(self.trainer.args.on_policy or self.trainer.args.on_policy_raise)
+
+    def _number(self, row: Row, purpose: str) -> float:
+        """A number from 0 to below 1 that follows from seed, step and prompt."""
+        return self._hash(row, purpose) / 2**63
+
+    def _hash(self, row: Row, purpose: str) -> int:
+        """The same as an integer below 2**63."""
+        args, step = self.trainer.args, self.trainer.state.global_step
+        text = f"{purpose} {args.seed} {step} ".encode()
+        return xxhash.xxh3_64_intdigest(text + np.asarray(row.prompt, "<i4").tobytes()) >> 1
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the student reads a source and writes a target."""
+        return isinstance(self.trainer._loss.task, Seq2SeqLM)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the student's text and data rows are judged in different ways."""
+        named = self.trainer.args.on_policy_divergence
+        return self.trainer._recorded is not None or named is not None
+
+    @property
+    def pad_token_id(self) -> int:
+        """A token that every model has; what it pads is masked."""
+        tokenizer = self.trainer.processing_class
+        known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((token for token in known if token is not None), 0)
+
+    # ---- Writing ----
+
+    def _write(self, rows: list[Row]) -> list[Text]:
+        """Let the student write for these rows; returns the texts of all processes, sorted."""
+        step, texts = self.trainer.state.global_step + 1, []
+        order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
+        with self._writing() as model:
+            for length, group in groupby(order, key=lambda row: self._room(len(row.prompt))):
+                same, generator = list(group), self._generator(model, length)
+                for at in range(0, len(same), ROWS_AT_A_TIME):
+                    part = same[at : at + ROWS_AT_A_TIME]
+                    seeds = [[self._hash(row, "draw")] for row in part]
+                    found = generator.texts([row.prompt for row in part], seeds)
+                    for row, (ids, finished) in zip(part, found, strict=True):
+                        row.completion = ids
+                        texts.append(Text(step, tuple(row.prompt), tuple(ids), finished))
+        return sorted(gather_object(texts))
+
+    def _room(self, prompt: int) -> int:
+        """How many tokens can be written after a prompt of this length."""
+        args, limits = self.trainer.args, [self.trainer._loss.student.position_limit]
+        runner = getattr(self.trainer.teacher, "runner", None)
+        limits.append(getattr(runner, "position_limit", None))
+        known = [limit for limit in limits if limit is not None]
+        if not known or self.encoder_decoder:
+            return args.max_new_tokens
+        room = min(known) - prompt
+        if room < 1:
+            raise InputError(
+                f"a prompt has {prompt} tokens, but student and teacher have {min(known)} "
+                "positions, so that nothing can be written: cut the prompts shorter"
+            )
+        return min(args.max_new_tokens, room)
+
+    def _generator(self, model: Any, length: int) -> Generator:
+        args, student = self.trainer.args, self.trainer._loss.student
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": length, "num_beams": 1}
+        if args.sampling_temperature > 0:
+            settings |= {
+                "do_sample": True, "temperature": args.sampling_temperature,
+                "top_p": args.top_p, "top_k": args.top_k,
+            }  # fmt: skip
+        # The teacher judges the ids that it shares with the student.
+        if unshared := range(self.trainer._objective.outcomes, student.outcomes):
+            never = base_model(model).generation_config.suppress_tokens or []
+            settings["suppress_tokens"] = sorted({*never, *unshared})
+        return Generator(
+            model,
+            settings,
+            pad_token_id=self.pad_token_id,
+            autocast=self.trainer.accelerator.autocast,
+        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """The student in eval mode; modes and the random state are afterwards as before."""
+        model = self.trainer.model
+        modes = [(module, module.training) for module in model.modules()]
+        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices):
+                yield base_model(model) if not hasattr(model, "peft_config") else model
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    # ---- Texts of earlier steps ----
+
+    def _kept_texts(self) -> KeptTexts | None:
+        """The texts of this training so far; None where they are not kept."""
+        args = self.trainer.args
+        if self._kept is None and (args.keep_rows or args.replay):
+            folder, kind = str(args.output_dir), self.encoder_decoder
+            self._kept = KeptTexts(folder, encoder_decoder=kind)
+            self._kept.resume(self.trainer.state.global_step, self.trainer.accelerator)
+        return self._kept
+
+    def _repeat(self, row: Row, kept: KeptTexts | None) -> bool:
+        """Make a row one of an earlier step, for a share of the rows; whether it was done."""
+        if kept is None or self._number(row, "replay") >= self.trainer.args.replay:
+            return False
+        step = self.trainer.state.global_step + 1
+        earlier = kept.earlier(self._number(row, "which"), step)
+        if earlier is not None:
+            row.prompt, row.completion = list(earlier.prompt), list(earlier.completion)
+        return earlier is not None
+
+    def _note(self, texts: list[Text], kept: KeptTexts | None) -> None:
+        """Note the new texts of a step, of all processes."""
+        self._texts += texts
+        trainer = self.trainer
+        if kept is not None:
+            kept.add(texts, trainer.processing_class, main=trainer.is_world_process_zero())
+        for message in self._troubles.found(texts, trainer.args.max_new_tokens):
+            warn_once(message)
+
+    # ---- Batches ----
+
+    def _replace(self, batch: dict[str, Any], rows: list[Row]) -> None:
+        """Give a batch its written rows, and the weights that all batches of the step have."""
+        device, weight = batch["input_ids"].device, batch.get("ce_weight")
+        weights = [1.0] * len(rows) if weight is None else weight.tolist()
+        weights = [0.0 if row.written else one for row, one in zip(rows, weights, strict=True)]
+        batch["ce_weight"] = torch.tensor(weights, dtype=torch.float32, device=device)
+        if not self.apart and not any(row.written for row in rows):
+            return
+        made: dict[str, Any] = batch_of(
+            rows, self.pad_token_id, encoder_decoder=self.encoder_decoder
+        )
+        index = self.trainer._checks.check(made)  # on the CPU, as in the collator
+        moved = {name: tensor.to(device) for name, tensor in made.items()}
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            batch.pop(name, None)
+        batch |= moved | {TARGET_INDEX: TargetIndex(index.to(device))}
+        if self.apart:
+            batch[WRITTEN] = self._written(rows, made, index, device)
+
+    def _written(
+        self, rows: list[Row], made: Mapping[str, Tensor], index: Tensor, device: Any
+    ) -> Written:
+        """Which targets are judged by whom. All indices are made on the CPU."""
+        own_rows = torch.tensor([row.written for row in rows])
+        own = own_rows[torch.div(index, made["labels"].shape[1], rounding_mode="floor")]
+        asked = asked_index = None
+        if self.trainer._recorded is not None:
+            asked, asked_index = self._asked([row for row in rows if row.written] or rows[:1])
+            if not own_rows.any():
+                asked_index = asked_index[:0]
+        return Written(
+            own_rows.to(device),
+            own.nonzero()[:, 0].to(device),
+            (~own).nonzero()[:, 0].to(device),
+            None if asked is None else {name: part.to(device) for name, part in asked.items()},
+            None if asked_index is None else asked_index.to(device),
+            own_divergence(self.trainer.args),
+        )
+
+    def _asked(self, rows: list[Row]) -> tuple[dict[str, Tensor], Tensor]:
+        """A batch for the live teacher, without recordings, and its target index."""
+        made = batch_of(rows, self.pad_token_id, encoder_decoder=self.encoder_decoder)
+        made = {name: part for name, part in made.items() if name not in ALL_NAMES}
+        return made, self.trainer._loss.task.target_index(made)
+
+    def _check(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """InputError for what cannot be written on."""
+        trainer, names = self.trainer, set(batches[0])
+        if not isinstance(trainer._loss.task, CausalLM | Seq2SeqLM):
+            raise InputError(
+                f"on_policy needs a student that writes, not {trainer._loss.task.name}"
+            )
+        if trainer.args.on_policy_raise and trainer.args.eval_strategy == "no":
+            raise InputError(
+                "on_policy_raise follows the loss of evaluations, but eval_strategy is 'no': set "
+                "it to 'steps' or 'epoch', or on_policy_raise to 0"
+            )
+        if trainer.teacher is None:
+            beside = ", beside the recordings of the data rows" if trainer._recorded else ""
+            raise InputError(
+                "on_policy needs a live teacher to judge what the student writes: pass teacher="
+                f"{beside}"
+            )
+        if is_sharded(trainer.model_wrapped):
+            raise InputError(
+                "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
+                "instead of ZeRO-3 or FSDP"
+            )
+        if "position_ids" in names:
+            raise InputError("on_policy needs one document a row: set packing to False")
+        if further := sorted(names - KNOWN):
+            raise InputError(
+                f"on_policy makes rows anew and knows nothing of {further[0]!r}: leave out that "
+                "column"
+            )
+        if batches[0].get("labels") is None:
+            raise InputError("on_policy needs labels, before whose first the prompt stands")

@@ -1,0 +1,90 @@
+"""The entry of a batch that says which targets the student has written, and who judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_distill.losses.divergences import Divergence, named_divergence
+from hf_distill.losses.objective import Objective
+from hf_distill.losses.parts import Part, at
+from hf_distill.losses.targets import Targets
+from hf_distill.recordings.reader import recorded_signal, without_recording
+from hf_distill.tasks import Task
+from hf_distill.training.on_policy.arguments import DRAWN, OnPolicyArguments
+
+WRITTEN = "written"
+
+# The names of their denominators beside `losses.targets.DENOMINATORS`.
+OWN_TARGETS, DATA_TARGETS = "written_targets", "data_targets"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A batch whose rows are judged apart: the student's own text, and the rows of the data.
+
+    rows: (rows,) bool, those that the student has written
+    own, data: int64, the places of their targets among all targets of the batch, ascending
+    asked: the batch that the live teacher sees, with labels; None for the student's own batch
+    asked_index: the target index of `asked`. Its targets, in their order, are those of `own` where
+        the rows of the data have recordings, else all
+    divergence: of the student's own text, see `own_divergence`; None for that of the data rows
+    """
+
+    rows: Tensor
+    own: Tensor
+    data: Tensor
+    asked: Mapping[str, Tensor] | None = None
+    asked_index: Tensor | None = None
+    divergence: tuple[str, Divergence | None] | None = None
+
+    def asked_inputs(self, task: Task) -> tuple[dict[str, Any], Targets]:
+        """What the live teacher is given where it does not see the student's batch."""
+        assert self.asked is not None
+        return task.model_inputs(self.asked), task.targets(self.asked, self.asked_index)
+
+
+def judged_apart(
+    loss: Any, batch: Mapping[str, Any], written: Written, targets: Targets, objective: Objective
+) -> tuple[Part, ...]:
+    """The student's own text and the data rows of a batch, each with its signal and divergence.
+
+    loss: the `DistillationLoss`; batch: with its recordings
+    """
+    signals: list[Any] = [None, None]
+    if objective.alpha > 0:
+        recorded = recorded_signal(batch, targets)
+        if written.asked is None:
+            inputs = loss.task.model_inputs(without_recording(batch))
+            everywhere = loss.asked(loss.teacher_inputs(inputs), targets)
+            signals = [at(everywhere, written.own), at(everywhere, written.data)]
+        else:
+            inputs, asked = written.asked_inputs(loss.task)
+            signals = [None, None if recorded is None else at(recorded, written.data)]
+            if len(asked) or getattr(loss.teacher, "together", False):
+                signals[0] = loss.asked(loss.teacher_inputs(inputs), asked)
+    name, function = written.divergence or (objective.name, objective.divergence)
+    ours = replace(objective, name=f"written_{name}", divergence=function or objective.divergence)
+    own = Part(written.own, signals[0], ours, OWN_TARGETS, drawn=function is None)
+    return own, Part(written.data, signals[1], objective, DATA_TARGETS)
+
+
+def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence | None] | None:
+    """Name and function of the divergence of the student's own text; None for that of all rows.
+
+    The function is None where only the tokens that were drawn are judged.
+    """
+    name = args.on_policy_divergence
+    if name is None or name == DRAWN:
+        return None if name is None else (name, None)
+    settings: Any = args
+    return name, named_divergence(name, beta=settings.beta, skew=settings.skew)
+
+
+def without_written(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Written | None]:
+    """A batch without this entry, and the entry."""
+    rest = {name: value for name, value in batch.items() if name != WRITTEN}
+    return rest, batch.get(WRITTEN)
