@@ -1,6 +1,7 @@
 """Evaluation: a student beside its teacher, in quality, size, speed and memory."""
 
 from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation.examples import examples
 from hf_distill.evaluation.generation_metrics import Bleu, ChrF, Rouge
 from hf_distill.evaluation.metrics import (
     BitsPerByte,
@@ -9,7 +10,9 @@ from hf_distill.evaluation.metrics import (
     RowMetric,
     TeacherAgreement,
 )
+from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import BINS, row_sums, text_bytes
+from hf_distill.evaluation.task_measures import Evaluation
 from hf_distill.evaluation.task_metrics import (
     Classification,
     MultiLabelClassification,
@@ -25,8 +28,10 @@ __all__ = [
     "CalibrationError",
     "ChrF",
     "Classification",
+    "Evaluation",
     "MultiLabelClassification",
     "Perplexity",
+    "Predictions",
     "QuestionAnswering",
     "Regression",
     "Rouge",
@@ -35,6 +40,7 @@ __all__ = [
     "TokenClassification",
     "continuations",
     "evaluate_student",
+    "examples",
     "row_sums",
     "text_bytes",
 ]

@@ -139,11 +139,7 @@ class QuestionAnswering(PairMetric):
         answered: list[tuple[float, float]] = []
         unanswerable: list[tuple[float, float]] = []
         for said, accepted in zip(predictions, references, strict=True):
-            # An answer of articles and punctuation alone cannot be matched, as in SQuAD 2.0.
-            words = [text for text in map(normalized_answer, accepted) if text]
-            scores = [_answer_scores(normalized_answer(said), text) for text in words or [""]]
-            exact, f1 = zip(*scores, strict=True)
-            (answered if len(accepted) else unanswerable).append((max(exact), max(f1)))
+            (answered if len(accepted) else unanswerable).append(answer_scores(said, accepted))
         figures = _percent(answered + unanswerable)
         if unanswerable:
             if answered:
@@ -157,6 +153,18 @@ def normalized_answer(text: str) -> str:
     """An answer in lower case, without punctuation, articles and repeated white space."""
     kept = "".join(mark for mark in text.lower() if mark not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def answer_scores(said: str, accepted: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of an answer, 0 to 1, of the accepted answer that gives the best of each.
+
+    said, accepted: see `QuestionAnswering`
+    """
+    # An answer of articles and punctuation alone cannot be matched, as in SQuAD 2.0.
+    words = [text for text in map(normalized_answer, accepted) if text]
+    scores = [_answer_scores(normalized_answer(said), text) for text in words or [""]]
+    exact, f1 = zip(*scores, strict=True)
+    return max(exact), max(f1)
 
 
 def _answer_scores(said: str, true: str) -> tuple[float, float]:

@@ -321,7 +321,7 @@ class EvaluateSection(Section):
     batch_size: int = Field(default=8, ge=1)
     """Rows at a time on each device; the figures do not depend on it."""
     speed: bool = True
-    """Also measure speed, and for causal language models peak memory."""
+    """Also measure speed and peak memory."""
     prompts: int = Field(default=4, ge=0)
     """Held-out rows for which the report shows what every model predicts."""
     prompt_tokens: int = Field(default=32, ge=1)

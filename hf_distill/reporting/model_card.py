@@ -20,7 +20,7 @@ TAGS = ("distillation", "hf-distill")
 DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".xz", ".zst")
 PUBLISHED_RESULTS = (
     "accuracy",
-    "f1_macro",
+    "macro_f1",
     "exact_match",
     "f1",
     "rouge1",

@@ -150,7 +150,7 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
     return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
 
 
-COSTS = ("parameters", "decode_tokens_per_s", "rows_per_s")
+COSTS = ("parameters", "decode_tokens_per_s", "examples_per_s")
 LAYERS = {
     "every_other": "every other one of its layers",
     "first_and_last": "its first and last layers",
