@@ -15,6 +15,7 @@ from hf_distill.evaluation.row_sums import BINS, row_sums, text_bytes
 from hf_distill.evaluation.task_measures import Evaluation
 from hf_distill.evaluation.task_metrics import (
     Classification,
+    Entities,
     MultiLabelClassification,
     QuestionAnswering,
     Regression,
@@ -28,6 +29,7 @@ __all__ = [
     "CalibrationError",
     "ChrF",
     "Classification",
+    "Entities",
     "Evaluation",
     "MultiLabelClassification",
     "Perplexity",

@@ -149,11 +149,29 @@ class Classes(Measure):
             flat = [[row[0] for row in rows] for rows in (said, true)]
             return task_metrics.Classification().compute(predictions=flat[0], references=flat[1])
         if self._tags:
-            return task_metrics.TokenClassification().compute(predictions=said, references=true)
+            found = task_metrics.TokenClassification().compute(predictions=said, references=true)
+            return found | self._of_entities(said, true)
         known = [row for row, labels in enumerate(true) if IGNORE not in labels]
         return task_metrics.MultiLabelClassification().compute(
             predictions=[said[row] for row in known], references=[true[row] for row in known]
         )
+
+    def _of_entities(self, said: list[list[int]], true: list[list[int]]) -> dict[str, float]:
+        """F1 of entities, where the classes are tags that mark them."""
+        if not task_metrics.names_entities(self._names):
+            return {}
+        tags = {
+            name: [
+                [
+                    self._names[one]
+                    for one, label in zip(row, labels, strict=True)
+                    if label != IGNORE
+                ]
+                for row, labels in zip(rows, true, strict=True)
+            ]
+            for name, rows in (("predictions", said), ("references", true))
+        }
+        return task_metrics.Entities().compute(**tags)
 
     def predictions(self) -> Predictions:
         """See `Measure.predictions`."""

@@ -61,6 +61,9 @@ class Figure:
 
 
 FIGURES = (
+    Figure("entity_f1", "F1 of the entities", "", "higher", True, percent=True),
+    Figure("entity_precision", "Precision of the entities", "", "higher", True, percent=True),
+    Figure("entity_recall", "Recall of the entities", "", "higher", True, percent=True),
     Figure("accuracy", "Accuracy", "", "higher", True, percent=True),
     Figure("macro_f1", "Mean F1 of the classes", "", "higher", True, percent=True),
     Figure("micro_f1", "F1 over all labels", "", "higher", True, percent=True),
@@ -98,6 +101,7 @@ FIGURES = (
 BY_KEY = {figure.key: figure for figure in FIGURES}
 # The figures that say most of a model, each before those that say less beside it.
 MAIN = (
+    "entity_f1",
     "f1",
     "exact_match",
     "rougeL",

@@ -21,6 +21,7 @@ DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz",
 PUBLISHED_RESULTS = (
     "accuracy",
     "macro_f1",
+    "entity_f1",
     "exact_match",
     "f1",
     "rouge1",

@@ -149,7 +149,7 @@ def test_a_recorded_classifier_and_tags(tmp_path: Path) -> None:
     done = run(tmp_path, "classification", data__train=file, **tags)
     assert done.exit_code == 0, done.output
     student = metrics(tmp_path / "runs" / "tags")["student"]
-    assert {"accuracy", "macro_f1"} <= student.keys()
+    assert {"accuracy", "macro_f1", "entity_f1"} <= student.keys()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from task_text import RAW, word_pieces
 from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError, evaluate_student
-from hf_distill.evaluation import Bleu, ChrF, Rouge
+from hf_distill.evaluation import Bleu, ChrF, Entities, Rouge
 from hf_distill.evaluation.task_metrics import QuestionAnswering
 
 CLASSIFY = "sequence-classification"
@@ -127,6 +127,26 @@ def test_quality_equals_the_oracle(kind: str) -> None:
         assert found.pop("bits_per_byte") == pytest.approx(bits / text, rel=2e-5)
     assert found == pytest.approx(expected, rel=2e-5)
     assert found["kl_to_teacher"] > 0.005
+
+
+def test_entities_where_the_tags_mark_some() -> None:
+    """Only tokens with a tag count, as `test_task_metrics` counts them."""
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    student = make_model("Bert", "token-classification", 0, id2label=dict(enumerate(names)))
+    given, tokenizer = make_rows("token-classification", 13), word_pieces()
+    found = evaluate_student(student, None, given, tokenizer, speed=False, batch_size=5)
+    said, true = [], []
+    for row in given:
+        with torch.no_grad():
+            best = student(torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+        kept = [n for n, label in enumerate(row["labels"]) if label != -100]
+        said.append([names[best[n]] for n in kept])
+        true.append([names[row["labels"][n]] for n in kept])
+    expected = Entities().compute(predictions=said, references=true)
+    assert found["entity_f1"] > 0
+    assert {name: found[name] for name in expected} == expected
+    plain = make_model("Bert", "token-classification", 0)
+    assert "entity_f1" not in evaluate_student(plain, None, given, tokenizer, speed=False)
 
 
 def test_numbers() -> None:
