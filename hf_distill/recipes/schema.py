@@ -47,6 +47,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "packing_attention": _CAUSAL,
 }
 OTHER_FORMATS = ("source_target", "questions", "labelled", "tagged")
+ANNOTATED = ("causal-lm", "seq2seq-lm")
 NOT_RECORDED = {
     "masked-lm": "other tokens are masked in each epoch",
     "question-answering": "its outcomes are the positions of a row",
@@ -251,6 +252,45 @@ class LoraSection(Section):
     """Merge the adapters into the weights of the saved student."""
 
 
+class AnnotateSection(Section):
+    """Let the teacher write the targets that the student learns, before training."""
+
+    num_beams: int = Field(default=1, ge=1)
+    """Beams of the search for a text; 1 takes the likeliest token at each place."""
+    do_sample: bool = False
+    """Draw the texts instead."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the distributions that texts are drawn from."""
+    n: int = Field(default=1, ge=1)
+    """Texts for each row: the best beams, or draws."""
+    keep_original: bool = False
+    """Let the student learn the original targets too."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a text; by default `data.max_target_length`, for causal language models half of
+    `data.max_length` and at most 256."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at a time on each device."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Rows of one file, which is the most that an interruption loses."""
+
+    @model_validator(mode="after")
+    def _one_way_of_writing(self) -> AnnotateSection:
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                f"has do_sample and num_beams {self.num_beams}, but texts are either drawn or "
+                "searched: leave one of them out"
+            )
+        if not self.do_sample and self.temperature != 1:
+            raise ValueError("has 'temperature', which is for draws: set do_sample to true")
+        if not self.do_sample and self.n > self.num_beams:
+            raise ValueError(
+                f"asks for {self.n} texts of a row, but {self.num_beams} "
+                f"beam{'s find' if self.num_beams > 1 else ' finds'} {self.num_beams}: set "
+                "num_beams or do_sample"
+            )
+        return self
+
+
 class RecordSection(Section):
     """Run the teacher once, at `train.temperature`, and train from its recorded outputs."""
 
@@ -365,6 +405,9 @@ class Recipe(Section):
     """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
     """The teacher. A string stands for `teacher.model`."""
+    annotate: AnnotateSection | None = None
+    """Let the teacher write the targets that the student learns; the baseline keeps the original
+    ones."""
     record: RecordSection | None = None
     """Record the teacher once and train from the recording; by default it runs during training."""
     student: StudentSection
@@ -408,6 +451,32 @@ class Recipe(Section):
                     f"sets data.{name}, which the task {self.task} does not use (but "
                     f"{', '.join(tasks)}): leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _annotations_fit(self) -> Recipe:
+        section, steps = self.annotate, arguments(self.train).get("max_steps", -1)
+        if section is None:
+            return self
+        if self.task not in ANNOTATED:
+            raise ValueError(
+                f"has 'annotate' for the task {self.task}, whose models write no text: leave it out"
+            )
+        if self.task == "causal-lm" and (section.max_new_tokens or 0) >= self.data.max_length:
+            raise ValueError(
+                f"has annotate.max_new_tokens {section.max_new_tokens}, but prompt and text "
+                f"together have data.max_length, {self.data.max_length} tokens: ask for fewer"
+            )
+        if self.baseline and steps <= 0 and (section.n > 1 or section.keep_original):
+            raise ValueError(
+                "has 'annotate' with several texts for a row, so that an epoch of the student is "
+                "longer than one of the baseline: set train.max_steps, or baseline to false"
+            )
+        if self.record is not None and self.record.max_rows is not None:
+            raise ValueError(
+                "has 'annotate' and record.max_rows: set data.max_train_rows instead, so that no "
+                "text is written in vain"
+            )
         return self
 
     @model_validator(mode="after")

@@ -82,11 +82,25 @@ def head_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
+def rows_to_learn(run: Run, split: str) -> Dataset:
+    """The rows that the student learns: with targets that the teacher has written, if it has."""
+    if split == "train" and run.recipe.annotate is not None:
+        return load_from_disk(str(run.folder / "annotation" / split))
+    return rows_of(run, split)
+
+
 def rows_to_train(run: Run, split: str) -> Dataset:
     """The same rows with their recordings, if the recipe records the teacher."""
     if run.recipe.record is None:
-        return rows_of(run, split)
+        return rows_to_learn(run, split)
     return load_recording(run.folder / "recording" / split)
+
+
+def rows_of_baseline(run: Run, split: str) -> Dataset:
+    """The rows of the student, but with the original targets."""
+    if split == "train" and run.recipe.annotate is not None:
+        return rows_of(run, split)
+    return rows_to_train(run, split)
 
 
 def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
