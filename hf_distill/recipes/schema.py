@@ -32,6 +32,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
         "sequence-classification",
         "token-classification",
     ),
+    "unlabelled": ("sequence-classification",),
     "max_target_length": _TEXTS,
     "prefix": _TEXTS,
     "source_lang": _TEXTS,
@@ -455,7 +456,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _annotations_fit(self) -> Recipe:
-        section, steps = self.annotate, arguments(self.train).get("max_steps", -1)
+        section = self.annotate
         if section is None:
             return self
         if self.task not in ANNOTATED:
@@ -467,15 +468,34 @@ class Recipe(Section):
                 f"has annotate.max_new_tokens {section.max_new_tokens}, but prompt and text "
                 f"together have data.max_length, {self.data.max_length} tokens: ask for fewer"
             )
-        if self.baseline and steps <= 0 and (section.n > 1 or section.keep_original):
+        return self
+
+    @property
+    def has_rows_of_the_student(self) -> bool:
+        """Whether the student learns rows that the baseline does not."""
+        return self.annotate is not None or self.data.unlabelled is not None
+
+    @model_validator(mode="after")
+    def _student_and_baseline_are_alike(self) -> Recipe:
+        if not self.has_rows_of_the_student:
+            return self
+        what = "'annotate'" if self.annotate is not None else "data.unlabelled"
+        train, section = arguments(self.train), self.annotate
+        longer = section is None or section.n > 1 or section.keep_original
+        if self.baseline and longer and train.get("max_steps", -1) <= 0:
             raise ValueError(
-                "has 'annotate' with several texts for a row, so that an epoch of the student is "
-                "longer than one of the baseline: set train.max_steps, or baseline to false"
+                f"has {what}, by which the student learns more rows than the baseline, so that its "
+                "epochs are longer: set train.max_steps, or baseline to false"
             )
         if self.record is not None and self.record.max_rows is not None:
             raise ValueError(
-                "has 'annotate' and record.max_rows: set data.max_train_rows instead, so that no "
-                "text is written in vain"
+                f"has {what} and record.max_rows, which would leave the student other rows than "
+                "the baseline: set data.max_train_rows instead"
+            )
+        if self.data.unlabelled is not None and train["alpha"] == 0:
+            raise ValueError(
+                "has data.unlabelled and train.alpha 0, but rows without labels are learnt from "
+                "the teacher alone: raise train.alpha"
             )
         return self
 

@@ -165,6 +165,11 @@ def unequal(recipe: Mapping[str, Any]) -> list[str]:
             f"The student learnt targets that the teacher wrote ({how}){beside}; the baseline "
             "learnt the original targets."
         )
+    if _section(recipe, "data").get("unlabelled"):
+        found.append(
+            "The student also learnt rows without labels, from the teacher alone; the baseline, "
+            "which has no teacher, could not use them."
+        )
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -83,10 +83,17 @@ def head_settings(run: Run) -> dict[str, Any]:
 
 
 def rows_to_learn(run: Run, split: str) -> Dataset:
-    """The rows that the student learns: with targets that the teacher has written, if it has."""
+    """The rows that the student learns.
+
+    To train on: with targets that the teacher has written, and rows without labels, if the recipe
+    has such.
+    """
     if split == "train" and run.recipe.annotate is not None:
         return load_from_disk(str(run.folder / "annotation" / split))
-    return rows_of(run, split)
+    rows = rows_of(run, split)
+    if split == "train" and run.recipe.data.unlabelled is not None:
+        rows = concatenate_datasets([rows, rows_of(run, "unlabelled")])
+    return rows
 
 
 def rows_to_train(run: Run, split: str) -> Dataset:
@@ -97,8 +104,8 @@ def rows_to_train(run: Run, split: str) -> Dataset:
 
 
 def rows_of_baseline(run: Run, split: str) -> Dataset:
-    """The rows of the student, but with the original targets."""
-    if split == "train" and run.recipe.annotate is not None:
+    """The rows of the student, but with the original targets, and only those with labels."""
+    if split == "train" and run.recipe.has_rows_of_the_student:
         return rows_of(run, split)
     return rows_to_train(run, split)
 

@@ -53,7 +53,13 @@ def prepare_data(run: Run, result: Path) -> None:
         tokenizer = _tokenizer(recipe, texts)
         check_tokens(recipe, tokenizer)
         tokens, table, lines = tokenize_splits(
-            found.rows, tokenizer, recipe.data, recipe.task, found.table, seed=recipe.seed
+            found.rows,
+            tokenizer,
+            recipe.data,
+            recipe.task,
+            found.table,
+            seed=recipe.seed,
+            labels=found.labels,
         )
         for line in lines:
             run.log(f"  {line}")
@@ -61,7 +67,7 @@ def prepare_data(run: Run, result: Path) -> None:
             found.rows[split].save_to_disk(result / "text" / split)
         if found.labels is not None:
             (result / LABELS).write_text(json.dumps(asdict(found.labels)), encoding="utf-8")
-    for split in ("train", "eval"):
+    for split in tokens:
         tokens[split].save_to_disk(result / split)
     tokenizer.save_pretrained(result / "tokenizer")
     (result / "preparation.json").write_text(table.to_json())
