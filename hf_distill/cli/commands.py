@@ -136,7 +136,7 @@ def record(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Record a teacher over a recipe's rows: stages prepare, teacher and record.
+    """Record a teacher over a recipe's rows: stages prepare, teacher, annotate and record.
 
     `hf-distill run` with the same recipe then trains from the recording. Needs a `record` section,
     if only `--set record.k=64`. An interrupted recording goes on from its last finished shard.
@@ -154,6 +154,7 @@ def record(
         with stages.open_run(given, recipe) as this_run:
             stages.prepare(this_run)
             stages.teacher(this_run)
+            stages.annotate(this_run)
             if not estimate:
                 stages.record(this_run)
                 return

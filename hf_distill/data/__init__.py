@@ -13,7 +13,7 @@ is_raw              whether rows are of a known form and not tokenized yet
 FORMS, Form, find_form     the known forms, and the form that some columns have
 
 For other tasks than causal language modelling:
-read_source_target, read_questions, read_labelled, read_tagged, read_texts
+read_source_target, read_questions, read_labelled, read_unlabelled, read_tagged, read_texts
                     rows under the names of public data sets, checked
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
@@ -51,6 +51,7 @@ from hf_distill.data.task_rows import (
     read_source_target,
     read_tagged,
     read_texts,
+    read_unlabelled,
 )
 from hf_distill.data.task_tokens import (
     label_names,
@@ -91,6 +92,7 @@ __all__ = [
     "read_tagged",
     "read_task_rows",
     "read_texts",
+    "read_unlabelled",
     "require_rows",
     "text_iterator",
     "tokenize_labelled",

@@ -52,6 +52,9 @@ class DataConfig(BaseModel):
     folder of the Python standard library."""
     eval: str | list[str] | None = None
     """The same for evaluation rows; without it (and without ``eval_split``) rows are held out."""
+    unlabelled: str | list[str] | None = None
+    """Classification: rows without labels, in the places that ``train`` may have, which the student
+    learns from the teacher alone."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the rows that is held out: the choice depends on content and seed only, and equal
     rows stay together."""

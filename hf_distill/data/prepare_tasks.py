@@ -24,12 +24,14 @@ from hf_distill.data.deduplicate import repeated, smallest
 from hf_distill.data.hashing import Hashes, mix, text_hash
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import clean_rows, evaluation_places
+from hf_distill.data.task_forms import without_label
 from hf_distill.data.task_rows import (
     Labels,
     read_labelled,
     read_questions,
     read_source_target,
     read_tagged,
+    read_unlabelled,
 )
 from hf_distill.data.task_tokens import (
     masking_collator,
@@ -60,7 +62,10 @@ UNITS = {
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of text with the splits "train" and "eval", what their labels are, and the steps."""
+    """Rows of text with the splits "train" and "eval", what their labels are, and the steps.
+
+    rows: with the split "unlabelled" where the settings name such rows
+    """
 
     rows: DatasetDict
     labels: Labels | None
@@ -98,7 +103,43 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
         removed = {f"with the {UNITS[task][0]} of an evaluation row": int(shared.sum())}
         table = table.add(Step("evaluation overlap", "train", len(train), removed=removed))
     train, step = _settled(train, "train", config, config.max_train_rows, seed)
-    return TaskRows(DatasetDict(train=train, eval=evaluation), labels, table.add(step))
+    table, splits = table.add(step), DatasetDict(train=train, eval=evaluation)
+    if config.unlabelled is not None:
+        splits["unlabelled"], step = _unlabelled(config, train, evaluation, work_dir)
+        table = table.add(step)
+    return TaskRows(splits, labels, table)
+
+
+def _unlabelled(
+    config: DataConfig, train: Dataset, evaluation: Dataset, work_dir: Path
+) -> tuple[Dataset, Step]:
+    """The rows without labels, without those whose text is in another split too."""
+    places = config.unlabelled
+    assert places is not None
+    where = places if isinstance(places, str) else ", ".join(places)
+    try:
+        rows = read_unlabelled(
+            collect_columns(config, places, config.split, work_dir), config.columns
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if ("pair" in rows.column_names) != ("pair" in train.column_names):
+        ours, theirs = ("pairs of texts" if "pair" in split.column_names else "single texts"
+                        for split in (rows, train))  # fmt: skip
+        raise InputError(f"{where}: the rows without labels are {ours}, the others {theirs}")
+    names = UNITS["sequence-classification"]
+    hashes, removed = _hashes(rows, names), {}
+    keep = np.ones(len(rows), dtype=bool)
+    for reason, mask in {
+        "equal to an earlier row": repeated(hashes),
+        "with the text of an evaluation row": np.isin(hashes, _hashes(evaluation, names)),
+        "with the text of a row with a label": np.isin(hashes, _hashes(train, names)),
+    }.items():
+        removed[reason] = int((mask & keep).sum())
+        keep &= ~mask
+    if not keep.any():
+        raise InputError(f"{where}: no row without a label is left, all are rows of other splits")
+    return _kept(rows, keep), Step("unlabelled", "train", int(keep.sum()), removed=removed)
 
 
 def tokenize_splits(
@@ -109,15 +150,23 @@ def tokenize_splits(
     table: PreparationTable,
     *,
     seed: int,
+    labels: Labels | None = None,
 ) -> tuple[DatasetDict, PreparationTable, list[str]]:
     """Rows of token ids and labels, as `data.task_tokens` documents them.
 
+    labels: what they are, needed for the split "unlabelled"
     seed: of the masks of evaluation rows, which are drawn once, so that evaluations agree
     returns: the rows, the longer table, and a line for each split that says what was cut
     """
-    found, lines = {}, []
-    for split in ("train", "eval"):
-        tokens, line = tokenize_split(rows[split], tokenizer, config, task)
+    found: dict[str, Dataset] = {}
+    lines = []
+    for split in rows:
+        if split == "unlabelled":
+            assert labels is not None  # read with the rows that have some
+            tokens, line = _tokenize_unlabelled(rows, tokenizer, config, labels)
+            tokens = tokens.cast(found["train"].features)  # to be joined with them
+        else:
+            tokens, line = tokenize_split(rows[split], tokenizer, config, task)
         if task == "masked-lm" and split == "eval":
             tokens = _masked(tokens, tokenizer, config.mask_probability, seed)
         found[split] = tokens
@@ -125,6 +174,17 @@ def tokenize_splits(
         count = sum(map(len, tokens["input_ids"]))
         table = table.add(Step("tokenize", split, len(tokens), tokens=count))
     return DatasetDict(found), table, lines
+
+
+def _tokenize_unlabelled(
+    rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, config: DataConfig, labels: Labels
+) -> tuple[Dataset, str]:
+    """Rows of text without labels as token ids, whose `labels` say that there is none."""
+    texts, labelled = rows["unlabelled"], rows["train"].with_format(None)
+    any_label, feature = labelled[0]["label"], labelled.features["label"]
+    filled = texts.add_column("label", [any_label] * len(texts), feature=feature)
+    tokens, line = tokenize_split(filled, tokenizer, config, "sequence-classification")
+    return without_label(tokens, np.ones(len(tokens), dtype=bool), labels), line
 
 
 def tokenize_split(

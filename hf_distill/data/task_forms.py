@@ -207,7 +207,7 @@ def _labelled(
     read, _ = read_labelled(rows, labels=labels)
     found, line = tokenize_labelled(read, tokenizer, max_length=max_length)
     if without.any():
-        found = _without_label(found, without, labels)
+        found = without_label(found, without, labels)
         line += f"; {int(without.sum()):,} without a label, for the teacher alone"
     return found, line + named
 
@@ -270,11 +270,7 @@ def _fill(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, np.ndarray
     return rows.remove_columns(name).add_column(name, filled, feature=features[name]), without
 
 
-def _is_missing(cell: Any) -> bool:
-    return cell is None or cell in (IGNORE, [IGNORE]) or cell != cell  # the last is NaN
-
-
-def _without_label(rows: Dataset, without: np.ndarray, labels: Labels) -> Dataset:
+def without_label(rows: Dataset, without: np.ndarray, labels: Labels) -> Dataset:
     """Rows of token ids with "no label" where a label was missing."""
     width = len(labels.names)
     nothing: Any = {

@@ -3,6 +3,7 @@
     read_source_target   documents and summaries, translations -> source, target
     read_questions       SQuAD's forms -> id, question, context, answers
     read_labelled        texts or pairs with classes or numbers -> text, (pair), label
+    read_unlabelled      texts or pairs -> text, (pair)
     read_tagged          words with tags -> tokens, tags
     read_texts           plain text, for masked language modelling -> text
 
@@ -186,11 +187,7 @@ def read_labelled(
         regression a float
     raises: InputError for a label that is no class
     """
-    told = dict(columns or {})
-    pairs = (pair for pair in TEXT_PAIRS if set(pair) <= set(dataset.column_names))
-    if "text" not in told and (pair := next(pairs, None)) is not None:
-        told = dict(zip(("text", "pair"), pair, strict=True)) | told
-    found = _columns(dataset, LABELLED, told, needed=("text", "label"))
+    found = _columns(dataset, LABELLED, _paired(dataset, columns), needed=("text", "label"))
     if labels is None:
         labels = _labels(dataset, found["label"], names)
 
@@ -206,6 +203,27 @@ def read_labelled(
     if labels.kind == "single":
         features["label"] = ClassLabel(names=list(labels.names))
     return _read(dataset, read, features), labels
+
+
+def read_unlabelled(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Rows of `text`, and perhaps `pair`, as `read_labelled` finds them, without labels."""
+    told = {name: column for name, column in (columns or {}).items() if name != "label"}
+    known = {name: LABELLED[name] for name in ("text", "pair")}
+    found = _columns(dataset, known, _paired(dataset, told), needed=("text",))
+    return _read(
+        dataset,
+        lambda row: {name: text_at(row, column) for name, column in found.items()},
+        {name: Value("string") for name in found},
+    )
+
+
+def _paired(dataset: Dataset, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns that were told, and those of a known pair of texts."""
+    told = dict(columns or {})
+    pairs = (pair for pair in TEXT_PAIRS if set(pair) <= set(dataset.column_names))
+    if "text" not in told and (pair := next(pairs, None)) is not None:
+        told = dict(zip(("text", "pair"), pair, strict=True)) | told
+    return told
 
 
 def read_tagged(

@@ -1,6 +1,7 @@
 """Evaluation: a student beside its teacher, in quality, size, speed and memory."""
 
 from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation.examples import examples
 from hf_distill.evaluation.generation_metrics import Bleu, ChrF, Rouge
 from hf_distill.evaluation.metrics import (
     BitsPerByte,
@@ -9,9 +10,12 @@ from hf_distill.evaluation.metrics import (
     RowMetric,
     TeacherAgreement,
 )
+from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import BINS, row_sums, text_bytes
+from hf_distill.evaluation.task_measures import Evaluation
 from hf_distill.evaluation.task_metrics import (
     Classification,
+    Entities,
     MultiLabelClassification,
     QuestionAnswering,
     Regression,
@@ -25,8 +29,11 @@ __all__ = [
     "CalibrationError",
     "ChrF",
     "Classification",
+    "Entities",
+    "Evaluation",
     "MultiLabelClassification",
     "Perplexity",
+    "Predictions",
     "QuestionAnswering",
     "Regression",
     "Rouge",
@@ -35,6 +42,7 @@ __all__ = [
     "TokenClassification",
     "continuations",
     "evaluate_student",
+    "examples",
     "row_sums",
     "text_bytes",
 ]

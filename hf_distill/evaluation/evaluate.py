@@ -24,7 +24,7 @@ from hf_distill.data import TaskCollator, collator, mask_rows
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance
 from hf_distill.evaluation.pair import Pair
-from hf_distill.evaluation.task_measures import Measure, task_measures
+from hf_distill.evaluation.task_measures import Evaluation, Measure, task_measures
 from hf_distill.evaluation.writing import Texts
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import one_accelerator
@@ -51,7 +51,7 @@ def evaluate_student(
     accelerator: Accelerator | None = None,
     speed: bool = True,
     description: str = "evaluating",
-) -> dict[str, float]:
+) -> Evaluation:
     """Measure a model beside its teacher: quality, size, speed and memory.
 
     student: a model of any task; for the teacher's own figures, the teacher
@@ -75,6 +75,7 @@ def evaluate_student(
         spell text; the metrics of the task; `parameters`, `size_mb`; with `speed` also
         `peak_memory_mb` and `prefill_tokens_per_s`, `decode_tokens_per_s`, or `examples_per_s` of a
         model that does not write; the same on every process. docs/evaluation.md defines each.
+        The dictionary also has what the model predicts for each row, see `Evaluation.predictions`
     raises: InputError for rows without targets, ids or classes that a model lacks, a loss that is
         not finite
     """
@@ -83,7 +84,7 @@ def evaluate_student(
         if shared_vocabulary is None:
             shared_vocabulary = pair.shared_outcomes(tokenizer)
         rows = prepared(pair.task, dataset, tokenizer, masked=data_collator is None)
-        measures = task_measures(pair.task, tokenizer, shared_vocabulary, rows, references)
+        measures = task_measures(pair, tokenizer, shared_vocabulary, rows, references)
         if generate is not None:
             measures.append(_texts(pair, tokenizer, generate, references, accelerator))
         collate = data_collator or default_collator(pair.task, tokenizer)
@@ -93,7 +94,7 @@ def evaluate_student(
             writes = isinstance(pair.task, CausalLM | Seq2SeqLM)
             timed = performance.speed if writes else performance.forward_speed
             figures |= _on_main(accelerator, lambda: timed(pair.plain))
-    return figures
+    return Evaluation(figures, measures)
 
 
 def measure(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data.task_forms import model_labels
 from hf_distill.data.task_rows import read_questions
 from hf_distill.errors import InputError
 from hf_distill.evaluation import task_metrics
@@ -28,12 +31,15 @@ from hf_distill.evaluation.metrics import (
     RowMetric,
     TeacherAgreement,
 )
-from hf_distill.evaluation.pair import Outputs
+from hf_distill.evaluation.pair import Outputs, Pair
+from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import row_sums, text_bytes
 from hf_distill.evaluation.spans import answers, best_spans
 from hf_distill.losses.targets import IGNORE
+from hf_distill.models.base import base_model
 from hf_distill.tasks import (
     CausalLM,
+    MaskedLM,
     QuestionAnswering,
     Seq2SeqLM,
     SequenceClassification,
@@ -42,6 +48,8 @@ from hf_distill.tasks import (
 )
 from hf_distill.tasks.classification import NUMBERS, ONE
 from hf_distill.tasks.question_answering import ANSWER_MASK
+
+NO_ANSWER = "(no answer)"
 
 
 class Measure(ABC):
@@ -62,6 +70,10 @@ class Measure(ABC):
     @abstractmethod
     def figures(self) -> dict[str, float]:
         """The figures over all rows that were added."""
+
+    def predictions(self) -> Predictions | None:
+        """What the model predicts for each row, of a measure that keeps it."""
+        return None
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
         """Add the columns of a batch, gathered over all processes."""
@@ -109,12 +121,16 @@ class Distributions(Measure):
 
 
 class Classes(Measure):
-    """The likeliest class of each row or token, or of each of several labels yes or no."""
+    """The likeliest class of each row or token, or of each of several labels yes or no.
+
+    names: of the classes, by index
+    """
 
     widths_differ: ClassVar[frozenset[str]] = frozenset({"predictions", "references"})
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, names: Sequence[str]) -> None:
         super().__init__()
+        self._names = names
         one = isinstance(task, SequenceClassification) and task.problem == ONE
         self._single, self._tags = one, isinstance(task, TokenClassification)
 
@@ -133,11 +149,90 @@ class Classes(Measure):
             flat = [[row[0] for row in rows] for rows in (said, true)]
             return task_metrics.Classification().compute(predictions=flat[0], references=flat[1])
         if self._tags:
-            return task_metrics.TokenClassification().compute(predictions=said, references=true)
+            found = task_metrics.TokenClassification().compute(predictions=said, references=true)
+            return found | self._of_entities(said, true)
         known = [row for row, labels in enumerate(true) if IGNORE not in labels]
         return task_metrics.MultiLabelClassification().compute(
             predictions=[said[row] for row in known], references=[true[row] for row in known]
         )
+
+    def _of_entities(self, said: list[list[int]], true: list[list[int]]) -> dict[str, float]:
+        """F1 of entities, where the classes are tags that mark them."""
+        if not task_metrics.names_entities(self._names):
+            return {}
+        tags = {
+            name: [
+                [
+                    self._names[one]
+                    for one, label in zip(row, labels, strict=True)
+                    if label != IGNORE
+                ]
+                for row, labels in zip(rows, true, strict=True)
+            ]
+            for name, rows in (("predictions", said), ("references", true))
+        }
+        return task_metrics.Entities().compute(**tags)
+
+    def predictions(self) -> Predictions:
+        """See `Measure.predictions`."""
+        texts, references, scores = [], [], []
+        for said, true in zip(self.rows["predictions"], self.rows["references"], strict=True):
+            pairs = [pair for pair in zip(said, true, strict=True) if pair[1] != IGNORE]
+            right = [one == label for one, label in pairs]
+            score = float(np.mean(right)) if right else math.nan
+            if not self._tags:  # a row has one label, or is right where all are
+                score = math.nan if IGNORE in true else float(all(right))
+            scores.append(score)
+            texts.append(self._words([one for one, _ in pairs] if self._tags else said))
+            references.append(self._words([label for _, label in pairs]))
+        return Predictions(texts, references, scores)
+
+    def _words(self, classes: Sequence[int]) -> str:
+        if self._single or self._tags:
+            return " ".join(self._names[one] for one in classes)
+        given = (name for name, one in zip(self._names, classes, strict=False) if one == 1)
+        return ", ".join(given) or "(none)"
+
+
+class MaskedTokens(Measure):
+    """The likeliest token at each masked place."""
+
+    widths_differ: ClassVar[frozenset[str]] = frozenset({"predictions", "references"})
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def columns(self, outputs: Outputs) -> dict[str, Tensor]:
+        """See `Measure.columns`: (rows, masked places), `IGNORE` after the last of a row."""
+        target = outputs.labels != IGNORE
+        values = {"predictions": outputs.student.argmax(-1), "references": outputs.labels[target]}
+        counts = target.sum(1).tolist()
+        return {
+            name: pad_sequence(ids.split(counts), batch_first=True, padding_value=IGNORE)
+            for name, ids in values.items()
+        }
+
+    def figures(self) -> dict[str, float]:
+        """See `Measure.figures`: the share of masked places with the right token."""
+        said, true = (np.concatenate(self._of(name)) for name in ("predictions", "references"))
+        return {"accuracy": float((said == true).mean())}
+
+    def predictions(self) -> Predictions:
+        """See `Measure.predictions`."""
+        said, true = self._of("predictions"), self._of("references")
+        pairs = zip(said, true, strict=True)
+        scores = [float((a == b).mean()) if len(b) else math.nan for a, b in pairs]
+        return Predictions([*map(self._words, said)], [*map(self._words, true)], scores)
+
+    def _of(self, name: str) -> list[Any]:
+        """The ids of each row, without what fills it."""
+        rows = (np.asarray(row, dtype=np.int64) for row in self.rows[name])
+        return [row[row != IGNORE] for row in rows]
+
+    def _words(self, ids: Any) -> str:
+        words = self._tokenizer.batch_decode(ids[:, None])
+        return " · ".join(word.strip() for word in words)
 
 
 class Numbers(Measure):
@@ -163,6 +258,12 @@ class Numbers(Measure):
             squares = (said - columns["teacher"]) ** 2
             found["mse_to_teacher"] = math.fsum(squares) / len(squares)
         return found
+
+    def predictions(self) -> Predictions:
+        """See `Measure.predictions`. The score is 1 minus the mean squared error of the row."""
+        said, true = (np.asarray(self.rows[name]) for name in ("predictions", "references"))
+        scores = 1 - ((said - true) ** 2).mean(1)
+        return Predictions([*map(_numbers, said)], [*map(_numbers, true)], scores.tolist())
 
 
 class Answers(Measure):
@@ -217,13 +318,45 @@ class Answers(Measure):
             predictions=self.answers(), references=self.references()
         )
 
+    def predictions(self) -> Predictions:
+        """See `Measure.predictions`; one for each question, whose score is its F1."""
+        said, accepted = self.answers(), self.references()
+        pairs = zip(said, accepted, strict=True)
+        return Predictions(
+            [text or NO_ANSWER for text in said],
+            [" / ".join(dict.fromkeys(texts)) or NO_ANSWER for texts in accepted],
+            [task_metrics.answer_scores(text, texts)[1] for text, texts in pairs],
+        )
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
 
 def _each(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
+class Evaluation(dict[str, float]):
+    """The figures of a model, by name, and what it predicts for each row."""
+
+    def __init__(self, figures: Mapping[str, float], measures: Sequence[Measure] = ()) -> None:
+        super().__init__(figures)
+        self._measures = measures
+
+    @cached_property
+    def predictions(self) -> Predictions | None:
+        """What the model predicts for each row (of windows, for each question).
+
+        None for causal language modelling, for an encoder-decoder that was not told to `generate`,
+        and for question answering without `references`.
+        """
+        found = (measure.predictions() for measure in self._measures)
+        return next((one for one in found if one is not None), None)
+
+
 def task_measures(
-    task: Task,
+    pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
     shared: int,
     dataset: Any,
@@ -234,11 +367,14 @@ def task_measures(
     shared: see `row_sums`; dataset: the rows
     references: for question answering the questions that the rows are windows of
     """
+    task = pair.task
     if isinstance(task, SequenceClassification) and task.problem == NUMBERS:
         return [Numbers()]
     found: list[Measure] = [Distributions(task, tokenizer, shared)]
     if isinstance(task, SequenceClassification | TokenClassification):
-        found.append(Classes(task))
+        found.append(Classes(task, model_labels(task, base_model(pair.plain).config).names))
+    if isinstance(task, MaskedLM):
+        found.append(MaskedTokens(tokenizer))
     if isinstance(task, QuestionAnswering) and references is not None:
         found.append(Answers(dataset, references, tokenizer))
     return found

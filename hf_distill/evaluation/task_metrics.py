@@ -15,7 +15,7 @@ from hf_distill.errors import InputError
 from hf_distill.evaluation.pairs import PairMetric
 from hf_distill.losses.targets import IGNORE
 
-_CLASS, _NUMBER = Value("int64"), Value("float64")
+_CLASS, _NUMBER, _TEXT = Value("int64"), Value("float64"), Value("string")
 
 
 class Classification(PairMetric):
@@ -48,16 +48,65 @@ class TokenClassification(PairMetric):
         self, predictions: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
     ) -> dict[str, float]:
         for row, (said, true) in enumerate(zip(predictions, references, strict=True)):
-            if len(said) != len(true):
-                raise InputError(
-                    f"row {row} has {len(said)} predicted tags and {len(true)} true ones: "
-                    "give one of both for each token"
-                )
+            _check_tags(row, said, true)
         flat = [
             np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
             for rows in (predictions, references)
         ]
         return Classification().compute(predictions=flat[0], references=flat[1])
+
+
+class Entities(PairMetric):
+    """`entity_precision`, `entity_recall` and `entity_f1` over the entities of all rows, 0 to 1.
+
+    predictions, references: a list of tags a row, "O", "B-PER", "I-PER", ... An entity is right
+    where its kind, its first and its last token are. An I without an entity of its kind before it
+    begins one, as in the evaluation script of CoNLL. All are 0 where nothing is found rightly.
+    Source: Tjong Kim Sang and De Meulder, CoNLL-2003.
+    """
+
+    columns: ClassVar = {"predictions": List(_TEXT), "references": List(_TEXT)}
+
+    def _compute(
+        self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        right = said = true = 0
+        for row, (tags, wanted) in enumerate(zip(predictions, references, strict=True)):
+            _check_tags(row, tags, wanted)
+            ours, theirs = entities(tags), entities(wanted)
+            right, said, true = right + len(ours & theirs), said + len(ours), true + len(theirs)
+        return {
+            "entity_precision": right / max(said, 1),
+            "entity_recall": right / max(true, 1),
+            "entity_f1": 2 * right / max(said + true, 1),
+        }
+
+
+def names_entities(tags: Sequence[str]) -> bool:
+    """Whether tags mark the beginnings (B-) and insides (I-) of entities, and nothing else."""
+    marks = {tag[:2] for tag in tags}
+    return marks <= {"B-", "I-", "O"} and bool(marks - {"O"})
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The entities of a row: kind, first token, last token + 1."""
+    found = set()
+    kind, start = None, 0
+    for place, tag in enumerate([*tags, "O"]):
+        if kind is not None and tag == f"I-{kind}":
+            continue
+        if kind is not None:
+            found.add((kind, start, place))
+        kind, start = None if tag == "O" else tag[2:], place
+    return found
+
+
+def _check_tags(row: int, said: Sequence[Any], true: Sequence[Any]) -> None:
+    if len(said) != len(true):
+        raise InputError(
+            f"row {row} has {len(said)} predicted tags and {len(true)} true ones: "
+            "give one of both for each token"
+        )
 
 
 class MultiLabelClassification(PairMetric):
@@ -131,7 +180,7 @@ class QuestionAnswering(PairMetric):
     Source: Rajpurkar et al., arXiv:1606.05250 and arXiv:1806.03822.
     """
 
-    columns: ClassVar = {"predictions": Value("string"), "references": List(Value("string"))}
+    columns: ClassVar = {"predictions": _TEXT, "references": List(_TEXT)}
 
     def _compute(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]]
@@ -139,11 +188,7 @@ class QuestionAnswering(PairMetric):
         answered: list[tuple[float, float]] = []
         unanswerable: list[tuple[float, float]] = []
         for said, accepted in zip(predictions, references, strict=True):
-            # An answer of articles and punctuation alone cannot be matched, as in SQuAD 2.0.
-            words = [text for text in map(normalized_answer, accepted) if text]
-            scores = [_answer_scores(normalized_answer(said), text) for text in words or [""]]
-            exact, f1 = zip(*scores, strict=True)
-            (answered if len(accepted) else unanswerable).append((max(exact), max(f1)))
+            (answered if len(accepted) else unanswerable).append(answer_scores(said, accepted))
         figures = _percent(answered + unanswerable)
         if unanswerable:
             if answered:
@@ -157,6 +202,18 @@ def normalized_answer(text: str) -> str:
     """An answer in lower case, without punctuation, articles and repeated white space."""
     kept = "".join(mark for mark in text.lower() if mark not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def answer_scores(said: str, accepted: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of an answer, 0 to 1, of the accepted answer that gives the best of each.
+
+    said, accepted: see `QuestionAnswering`
+    """
+    # An answer of articles and punctuation alone cannot be matched, as in SQuAD 2.0.
+    words = [text for text in map(normalized_answer, accepted) if text]
+    scores = [_answer_scores(normalized_answer(said), text) for text in words or [""]]
+    exact, f1 = zip(*scores, strict=True)
+    return max(exact), max(f1)
 
 
 def _answer_scores(said: str, true: str) -> tuple[float, float]:

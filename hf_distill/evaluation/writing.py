@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.errors import InputError
 from hf_distill.evaluation.generation_metrics import Bleu, ChrF, Rouge
 from hf_distill.evaluation.pair import Outputs
+from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.task_measures import Measure
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.generation import Generator
@@ -52,8 +54,8 @@ class Texts(Measure):
         seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
         sources = [row[here].tolist() for row, here in zip(ids, seen, strict=True)]
         seeds = [[zlib.crc32(str(source).encode())] for source in sources]
-        found = self._writer.write(sources, seeds)
-        written = [torch.tensor(texts[0].ids, dtype=torch.long) for texts in found]
+        found = self._writer.texts(sources, seeds)
+        written = [torch.tensor(ids, dtype=torch.long) for ids, _ in found]
         padded = pad_sequence(written, batch_first=True, padding_value=IGNORE)
         return {"written": padded.to(ids.device), "labels": outputs.labels}
 
@@ -82,6 +84,18 @@ class Texts(Measure):
         for metric in (Rouge(), Bleu(), ChrF()):
             found |= metric.compute(predictions=said, references=true)
         return found
+
+    def predictions(self) -> Predictions:
+        """See `Measure.predictions`; the score is the chrF of the row, 0 to 1."""
+        from sacrebleu.metrics import CHRF
+
+        said, true = self.texts(), self.references()
+        scorer = CHRF()
+        scores = [
+            scorer.sentence_score(text, texts).score / 100 if texts else math.nan
+            for text, texts in zip(said, true, strict=True)
+        ]
+        return Predictions(said, [" / ".join(texts) for texts in true], scores)
 
     def _decoded(self, name: str) -> list[str]:
         ids = [[token for token in row if token != IGNORE] for row in self.rows[name]]

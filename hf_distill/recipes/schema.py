@@ -32,6 +32,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
         "sequence-classification",
         "token-classification",
     ),
+    "unlabelled": ("sequence-classification",),
     "max_target_length": _TEXTS,
     "prefix": _TEXTS,
     "source_lang": _TEXTS,
@@ -47,6 +48,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "packing_attention": _CAUSAL,
 }
 OTHER_FORMATS = ("source_target", "questions", "labelled", "tagged")
+ANNOTATED = ("causal-lm", "seq2seq-lm")
 NOT_RECORDED = {
     "masked-lm": "other tokens are masked in each epoch",
     "question-answering": "its outcomes are the positions of a row",
@@ -251,6 +253,45 @@ class LoraSection(Section):
     """Merge the adapters into the weights of the saved student."""
 
 
+class AnnotateSection(Section):
+    """Let the teacher write the targets that the student learns, before training."""
+
+    num_beams: int = Field(default=1, ge=1)
+    """Beams of the search for a text; 1 takes the likeliest token at each place."""
+    do_sample: bool = False
+    """Draw the texts instead."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the distributions that texts are drawn from."""
+    n: int = Field(default=1, ge=1)
+    """Texts for each row: the best beams, or draws."""
+    keep_original: bool = False
+    """Let the student learn the original targets too."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a text; by default `data.max_target_length`, for causal language models half of
+    `data.max_length` and at most 256."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at a time on each device."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Rows of one file, which is the most that an interruption loses."""
+
+    @model_validator(mode="after")
+    def _one_way_of_writing(self) -> AnnotateSection:
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                f"has do_sample and num_beams {self.num_beams}, but texts are either drawn or "
+                "searched: leave one of them out"
+            )
+        if not self.do_sample and self.temperature != 1:
+            raise ValueError("has 'temperature', which is for draws: set do_sample to true")
+        if not self.do_sample and self.n > self.num_beams:
+            raise ValueError(
+                f"asks for {self.n} texts of a row, but {self.num_beams} "
+                f"beam{'s find' if self.num_beams > 1 else ' finds'} {self.num_beams}: set "
+                "num_beams or do_sample"
+            )
+        return self
+
+
 class RecordSection(Section):
     """Run the teacher once, at `train.temperature`, and train from its recorded outputs."""
 
@@ -321,7 +362,7 @@ class EvaluateSection(Section):
     batch_size: int = Field(default=8, ge=1)
     """Rows at a time on each device; the figures do not depend on it."""
     speed: bool = True
-    """Also measure speed, and for causal language models peak memory."""
+    """Also measure speed and peak memory."""
     prompts: int = Field(default=4, ge=0)
     """Held-out rows for which the report shows what every model predicts."""
     prompt_tokens: int = Field(default=32, ge=1)
@@ -365,6 +406,9 @@ class Recipe(Section):
     """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
     """The teacher. A string stands for `teacher.model`."""
+    annotate: AnnotateSection | None = None
+    """Let the teacher write the targets that the student learns; the baseline keeps the original
+    ones."""
     record: RecordSection | None = None
     """Record the teacher once and train from the recording; by default it runs during training."""
     student: StudentSection
@@ -408,6 +452,51 @@ class Recipe(Section):
                     f"sets data.{name}, which the task {self.task} does not use (but "
                     f"{', '.join(tasks)}): leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _annotations_fit(self) -> Recipe:
+        section = self.annotate
+        if section is None:
+            return self
+        if self.task not in ANNOTATED:
+            raise ValueError(
+                f"has 'annotate' for the task {self.task}, whose models write no text: leave it out"
+            )
+        if self.task == "causal-lm" and (section.max_new_tokens or 0) >= self.data.max_length:
+            raise ValueError(
+                f"has annotate.max_new_tokens {section.max_new_tokens}, but prompt and text "
+                f"together have data.max_length, {self.data.max_length} tokens: ask for fewer"
+            )
+        return self
+
+    @property
+    def has_rows_of_the_student(self) -> bool:
+        """Whether the student learns rows that the baseline does not."""
+        return self.annotate is not None or self.data.unlabelled is not None
+
+    @model_validator(mode="after")
+    def _student_and_baseline_are_alike(self) -> Recipe:
+        if not self.has_rows_of_the_student:
+            return self
+        what = "'annotate'" if self.annotate is not None else "data.unlabelled"
+        train, section = arguments(self.train), self.annotate
+        longer = section is None or section.n > 1 or section.keep_original
+        if self.baseline and longer and train.get("max_steps", -1) <= 0:
+            raise ValueError(
+                f"has {what}, by which the student learns more rows than the baseline, so that its "
+                "epochs are longer: set train.max_steps, or baseline to false"
+            )
+        if self.record is not None and self.record.max_rows is not None:
+            raise ValueError(
+                f"has {what} and record.max_rows, which would leave the student other rows than "
+                "the baseline: set data.max_train_rows instead"
+            )
+        if self.data.unlabelled is not None and train["alpha"] == 0:
+            raise ValueError(
+                "has data.unlabelled and train.alpha 0, but rows without labels are learnt from "
+                "the teacher alone: raise train.alpha"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,8 +14,11 @@ Results = Mapping[str, Mapping[str, float]]
 
 RETAINED = (
     "accuracy",
-    "f1_macro",
-    "f1_micro",
+    "macro_f1",
+    "micro_f1",
+    "entity_f1",
+    "entity_precision",
+    "entity_recall",
     "exact_match",
     "f1",
     "rouge1",
@@ -29,6 +32,7 @@ RETAINED = (
 )
 """Not correlations, whose zero is no zero of quality, and squared errors, which depend on a unit;
 not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
+OTHERS = ("pearson", "spearman", "mse", "mse_to_teacher", "kl_to_teacher")
 
 
 def compare(results: Results) -> dict[str, dict[str, float]]:
@@ -51,7 +55,7 @@ def compare(results: Results) -> dict[str, dict[str, float]]:
     teacher, student = {**results["teacher"], "kl_to_teacher": 0.0}, results["student"]
     baseline = results.get("baseline", {})
     retention, gap_closed = {}, {}
-    for metric in (*RETAINED, "pearson", "spearman", "mse", "kl_to_teacher"):
+    for metric in (*RETAINED, *OTHERS):
         whole, part, start = (measured(model, metric) for model in (teacher, student, baseline))
         if whole is None or part is None:
             continue

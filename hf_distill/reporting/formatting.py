@@ -61,9 +61,12 @@ class Figure:
 
 
 FIGURES = (
+    Figure("entity_f1", "F1 of the entities", "", "higher", True, percent=True),
+    Figure("entity_precision", "Precision of the entities", "", "higher", True, percent=True),
+    Figure("entity_recall", "Recall of the entities", "", "higher", True, percent=True),
     Figure("accuracy", "Accuracy", "", "higher", True, percent=True),
-    Figure("f1_macro", "Mean F1 of the classes", "", "higher", True, percent=True),
-    Figure("f1_micro", "F1 over all labels", "", "higher", True, percent=True),
+    Figure("macro_f1", "Mean F1 of the classes", "", "higher", True, percent=True),
+    Figure("micro_f1", "F1 over all labels", "", "higher", True, percent=True),
     Figure("exact_match", "Exact match", "of 100", "higher", True),
     Figure("f1", "F1 of the answers", "of 100", "higher", True),
     Figure("has_answer_exact_match", "Exact match, answerable", "of 100", "higher", True),
@@ -72,7 +75,9 @@ FIGURES = (
     Figure("rouge1", "ROUGE-1", "", "higher", True),
     Figure("rouge2", "ROUGE-2", "", "higher", True),
     Figure("rougeL", "ROUGE-L", "", "higher", True),
+    Figure("rougeLsum", "ROUGE-L of lines", "", "higher", True),
     Figure("bleu", "BLEU", "of 100", "higher", True),
+    Figure("brevity_penalty", "BLEU's brevity penalty"),
     Figure("chrf", "chrF", "of 100", "higher", True),
     Figure("pearson", "Pearson correlation", "", "higher", True),
     Figure("spearman", "Spearman correlation", "", "higher", True),
@@ -81,13 +86,14 @@ FIGURES = (
     Figure("bits_per_byte", "Bits per byte", better="lower", judged=True),
     Figure("ce", "Cross-entropy", "nats per target", better="lower", judged=True),
     Figure("kl_to_teacher", "KL to the teacher", "nats per target", better="lower", judged=True),
+    Figure("mse_to_teacher", "Squared difference to the teacher", "", "lower", True),
     Figure("top1_agreement", "Top-1 agreement with the teacher", "", "higher", True, percent=True),
     Figure("calibration_error", "Expected calibration error", "", "lower", True, percent=True),
     Figure("parameters", "Parameters", better="lower"),
     Figure("size_mb", "Size on disk", "MB", better="lower"),
     Figure("prefill_tokens_per_s", "Prefill speed", "tokens/s", better="higher"),
     Figure("decode_tokens_per_s", "Decode speed", "tokens/s", better="higher"),
-    Figure("rows_per_s", "Prediction speed", "rows/s", better="higher"),
+    Figure("examples_per_s", "Prediction speed", "examples/s", better="higher"),
     Figure("peak_memory_mb", "Peak memory", "MB", better="lower"),
     Figure("train_seconds", "Training time", "s", better="lower"),
     Figure("targets", "Targets evaluated"),
@@ -95,6 +101,7 @@ FIGURES = (
 BY_KEY = {figure.key: figure for figure in FIGURES}
 # The figures that say most of a model, each before those that say less beside it.
 MAIN = (
+    "entity_f1",
     "f1",
     "exact_match",
     "rougeL",

@@ -20,7 +20,8 @@ TAGS = ("distillation", "hf-distill")
 DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".xz", ".zst")
 PUBLISHED_RESULTS = (
     "accuracy",
-    "f1_macro",
+    "macro_f1",
+    "entity_f1",
     "exact_match",
     "f1",
     "rouge1",
@@ -64,6 +65,7 @@ class CardFacts:
     adapter: True where only a PEFT adapter is saved
     task: its key
     examples: held-out rows with `prompt`, `reference` and the prediction of each model
+    unequal: sentences on what student and baseline did not learn alike, see `report.unequal`
     Of a local path only the last name is written.
     """
 
@@ -82,6 +84,7 @@ class CardFacts:
     adapter: bool = False
     task: str = "causal-lm"
     examples: Sequence[Mapping[str, str]] = ()
+    unequal: Sequence[str] = ()
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
@@ -113,6 +116,7 @@ def render_card(facts: CardFacts) -> str:
         training=_readable(facts.training),
         versions=_readable(facts.versions),
         models=models,
+        unequal=facts.unequal,
         figures=figures_of(models),
         measured=measured,
     )

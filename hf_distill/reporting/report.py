@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_distill.data import Step
 from hf_distill.errors import InputError
 from hf_distill.reporting import plots
 from hf_distill.reporting.files import read_json, read_preparation, read_recipe, write_page
@@ -72,7 +73,8 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
         "examples": metrics.get("examples") or [],
-        "preparation": read_preparation(run_dir / "data" / "preparation.json"),
+        "unequal": unequal(recipe),
+        "preparation": _preparation(run_dir, recipe),
         "recipe": recipe_text,
         "versions": flattened(metrics.get("versions") or {}),
         "machine": flattened(metrics.get("machine") or {}),
@@ -150,7 +152,28 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
     return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
 
 
-COSTS = ("parameters", "decode_tokens_per_s", "rows_per_s")
+def unequal(recipe: Mapping[str, Any]) -> list[str]:
+    """Sentences on what student and baseline did not learn alike, beside the divergence."""
+    found = []
+    if annotate := _section(recipe, "annotate"):
+        drawn, beams, texts = (annotate.get(key) for key in ("do_sample", "num_beams", "n"))
+        how = "drawn from its distribution" if drawn else f"found with {beams or 1} beam"
+        how += "s" if not drawn and (beams or 1) > 1 else ""
+        how += f", {texts} for each row" if (texts or 1) > 1 else ""
+        beside = " and the original ones" if annotate.get("keep_original") else ""
+        found.append(
+            f"The student learnt targets that the teacher wrote ({how}){beside}; the baseline "
+            "learnt the original targets."
+        )
+    if _section(recipe, "data").get("unlabelled"):
+        found.append(
+            "The student also learnt rows without labels, from the teacher alone; the baseline, "
+            "which has no teacher, could not use them."
+        )
+    return found
+
+
+COSTS = ("parameters", "decode_tokens_per_s", "examples_per_s")
 LAYERS = {
     "every_other": "every other one of its layers",
     "first_and_last": "its first and last layers",
@@ -190,6 +213,12 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 # ---- Tables ----
+
+
+def _preparation(run_dir: Path, recipe: Mapping[str, Any]) -> list[Step]:
+    """The steps of the rows, then those of the targets that the teacher wrote."""
+    parts = ["data", *(["annotation"] if recipe.get("annotate") else [])]
+    return [s for part in parts for s in read_preparation(run_dir / part / "preparation.json")]
 
 
 def _rows(

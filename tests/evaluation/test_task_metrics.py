@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hf_distill import InputError
 from hf_distill.evaluation import (
     Classification,
+    Entities,
     MultiLabelClassification,
     QuestionAnswering,
     Regression,
@@ -125,3 +127,50 @@ def test_bad_rows_are_one_clear_line(
     with pytest.raises(InputError, match=message) as caught:
         metric().compute(predictions=predictions, references=references)
     assert "\n" not in str(caught.value)
+
+
+# ---- Entities ----
+
+
+def entities_by_regex(tags: list[str]) -> set[tuple[str, int, int]]:
+    """Kind, first and last place, from the row as a text of one letter a token."""
+    found = set()
+    for kind in ("PER", "LOC"):
+        marks = {f"B-{kind}": "b", f"I-{kind}": "i"}
+        text = "".join(marks.get(tag, "o") for tag in tags)
+        found |= {(kind, m.start(), m.end() - 1) for m in re.finditer("bi*|i+", text)}
+    return found
+
+
+def test_entities_by_regex() -> None:
+    draw = random.Random(1)
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    said, true = ([draw.choices(names, k=draw.randint(0, 9)) for _ in range(60)] for _ in range(2))
+    said = [(row + ["O"] * 9)[: len(wanted)] for row, wanted in zip(said, true, strict=True)]
+    pairs = [(entities_by_regex(a), entities_by_regex(b)) for a, b in zip(said, true, strict=True)]
+    right = sum(len(a & b) for a, b in pairs)
+    ours, theirs = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+    assert right > 5
+    assert Entities().compute(predictions=said, references=true) == pytest.approx(
+        {
+            "entity_precision": right / ours,
+            "entity_recall": right / theirs,
+            "entity_f1": 2 / (ours / right + theirs / right),
+        }
+    )
+
+
+def test_entities_by_hand() -> None:
+    true = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "I-LOC"]]
+
+    def found(*said: list[str]) -> float:
+        return Entities().compute(predictions=list(said), references=true)["entity_f1"]
+
+    assert found(*true) == 1
+    # One token less is another entity; an I after another kind begins one.
+    assert found(["B-PER", "O", "O", "B-LOC"], ["O", "O"]) == pytest.approx(2 / 5)
+    assert found(["B-LOC", "I-PER", "O", "I-LOC"], ["O", "B-LOC"]) == pytest.approx(4 / 7)
+    assert found(["B-PER", "B-PER", "O", "O"], ["O", "O"]) == 0
+    assert found(["O"] * 4, ["O"] * 2) == 0
+    with pytest.raises(InputError, match="row 1 has 1 predicted tags and 2 true ones"):
+        found(true[0], ["O"])

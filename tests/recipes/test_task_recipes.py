@@ -23,7 +23,6 @@ from hf_distill.data import DataConfig, read_task_rows
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.recipes import load_recipe
-from hf_distill.recipes.stages.task_evaluation import ANSWER_TOKENS, best_spans, chosen_rows
 
 PLANTS = ("rose", "iris", "fern")
 WORDS = ("stone", "river", "cloud", "field", "light", "water")
@@ -34,7 +33,7 @@ TEACHERS = {
     "bert": f"{{config: {{{BERT}, num_hidden_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
     "t5": f"{{config: {{{T5}, num_decoder_layers: 2}}, train: {{max_steps: 3, {QUIET}}}}}",
 }
-CLASSES = ("accuracy", "f1_macro", "ce", "kl_to_teacher", "top1_agreement", "calibration_error")
+CLASSES = ("accuracy", "macro_f1", "ce", "kl_to_teacher", "top1_agreement", "calibration_error")
 
 
 def rows_of(task: str) -> list[dict[str, Any]]:
@@ -83,6 +82,7 @@ def options(folder: Path, name: str, /, **more: Any) -> list[str]:
         "train.global_batch_size": 8,
         "evaluate.prompts": 3,
         "evaluate.num_beams": 1,
+        "evaluate.speed": "false",
     }
     # Keys of a section that is replaced come after it; None leaves one out.
     keys |= {key.replace("__", "."): value for key, value in more.items()}
@@ -157,7 +157,7 @@ def test_a_recorded_classifier_and_tags(tmp_path: Path) -> None:
     ]
     assert ["hidden_mse" in str(log) for log in logs] == [True, False]
     student = metrics(folder)["student"]
-    assert {"accuracy", "f1_macro"} <= student.keys()
+    assert {"accuracy", "macro_f1", "entity_f1"} <= student.keys()
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,91 @@ def test_an_encoder_is_fine_tuned_and_its_figures_are_those_of_the_saved_models(
             said = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
             right += said == row["label"]
         assert found[role]["accuracy"] == pytest.approx(right / len(held))
+
+
+# ---- Rows without labels ----
+
+
+def unlabelled(folder: Path) -> Path:
+    """Six new rows, one of them twice, and a row that the labelled ones have too."""
+    known = rows_of("classification")[0]["text"]
+    texts = [f"a {plant} of {number}" for number in range(2) for plant in PLANTS]
+    return write(folder / "more.jsonl", [{"text": one} for one in (*texts, texts[0], known)])
+
+
+def test_rows_without_labels_are_for_the_student_alone(tmp_path: Path) -> None:
+    plain = run(tmp_path, "classification", name="plain")
+    assert plain.exit_code == 0, plain.output
+    done = run(tmp_path, "classification", name="more", data__unlabelled=unlabelled(tmp_path))
+    assert done.exit_code == 0, done.output
+    folder, without = (tmp_path / "runs" / name for name in ("more", "plain"))
+    tokens = load_from_disk(str(folder / "data" / "unlabelled"))
+    assert list(tokens["labels"]) == [-100] * 6
+    texts = AutoTokenizer.from_pretrained(folder / "student").batch_decode(
+        tokens[:]["input_ids"], skip_special_tokens=True
+    )
+    assert sorted(texts) == sorted(f"a {p} of {n}" for n in range(2) for p in PLANTS)
+    labelled = load_from_disk(str(folder / "data" / "train"))
+    assert f", {len(labelled) + 6} rows, 8 a step" in done.output
+    weights = {
+        (name, role): (path / role / "model.safetensors").read_bytes()
+        for name, path in (("more", folder), ("plain", without))
+        for role in ("teacher", "baseline", "student")
+    }
+    for role in ("teacher", "baseline"):
+        assert weights["more", role] == weights["plain", role]
+    assert weights["more", "student"] != weights["plain", "student"]
+    sentence = "The student also learnt rows without labels, from the teacher alone; the baseline"
+    assert sentence in (folder / "report.html").read_text()
+    assert sentence in (folder / "student" / "README.md").read_text()
+    table = json.loads((folder / "data" / "preparation.json").read_text())["steps"]
+    (step,) = (step for step in table if step["name"] == "unlabelled")
+    removed = {**step["removed"]}
+    assert removed.pop("equal to an earlier row") == 1
+    assert removed in (
+        {"with the text of an evaluation row": 1}, {"with the text of a row with a label": 1},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["several", "regression"])
+def test_no_label_of_other_problems(kind: str, tmp_path: Path) -> None:
+    rows = [
+        {**row, "label": [row["label"]] if kind == "several" else number / 8}
+        for number, row in enumerate(rows_of("classification"))
+    ]
+    done = run(
+        tmp_path,
+        "classification",
+        data__train=write(tmp_path / "rows.jsonl", rows),
+        data__unlabelled=unlabelled(tmp_path),
+        train__divergence="forward_kl",
+    )
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "classification"
+    for row in load_from_disk(str(folder / "data" / "unlabelled")):
+        given = row["labels"]
+        assert given == [-100.0] * 3 if kind == "several" else given != given
+    figures = metrics(folder)["student"]
+    assert ("micro_f1" if kind == "several" else "mse_to_teacher") in figures
+
+
+def test_rows_without_labels_that_do_not_fit(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", [{"premise": "a rose", "hypothesis": "a plant"}])
+    said = message(tmp_path, "classification", data__unlabelled=pairs)
+    assert "the rows without labels are pairs of texts, the others single texts" in said
+    known = write(tmp_path / "known.jsonl", rows_of("classification"))
+    said = message(tmp_path, "classification", data__unlabelled=known)
+    assert "no row without a label is left, all are rows of other splits" in said
+    other = write(tmp_path / "other.jsonl", [{"body": "a rose"}])
+    said = message(tmp_path, "classification", data__unlabelled=other)
+    assert "other.jsonl: the columns body hold no text: name it by" in said
+    given = {"data__unlabelled": known}
+    said = message(tmp_path, "classification", **given, train__alpha=0)
+    assert "rows without labels are learnt from the teacher alone: raise train.alpha" in said
+    said = message(tmp_path, "classification", **given, train__max_steps=-1)
+    assert "has data.unlabelled, by which the student learns more rows than the baseline" in said
+    said = message(tmp_path, "masked_lm", **given)
+    assert "sets data.unlabelled, which the task masked-lm does not use" in said
 
 
 # ---- What is refused ----
@@ -281,33 +366,6 @@ def test_contexts_stay_together_and_out_of_the_other_split(tmp_path: Path) -> No
 
 
 # ---- Predictions ----
-
-
-def test_best_spans_against_loops() -> None:
-    torch.manual_seed(0)
-    start, end = torch.randn(6, 40, dtype=torch.float64), torch.randn(6, 40, dtype=torch.float64)
-    allowed = torch.rand(6, 40) < 0.8
-    is_cls = torch.zeros(6, 40, dtype=torch.bool)
-    is_cls[:, 0] = allowed[:, 0] = True
-    for row, (score, first, last, none) in enumerate(best_spans(start, end, allowed, is_cls)):
-        best = max(
-            (float(start[row, i] + end[row, j]), i, j)
-            for i in range(1, 40)
-            for j in range(i, min(40, i + ANSWER_TOKENS))
-            if allowed[row, i] and allowed[row, j]
-        )
-        assert (score, first, last) == (pytest.approx(best[0], abs=1e-5), *best[1:])
-        assert none == pytest.approx(float(start[row, 0] + end[row, 0]), abs=1e-5)
-
-
-def test_half_of_the_examples_are_wrong_and_come_first() -> None:
-    scores = [1.0, 0.5, 1.0, 0.0, 1.0, 0.2, 1.0, 0.9]
-    rows = chosen_rows(scores, 4)
-    assert [scores[row] < 1 for row in rows] == [True, True, False, False]
-    assert [scores[row] for row in rows] == sorted(scores[row] for row in rows)
-    assert chosen_rows([1.0] * 5, 2) == [0, 2]
-    assert chosen_rows([0.0] * 3, 8) == [0, 1, 2]
-    assert chosen_rows([0.0, 1.0, 1.0, 1.0], 3)[0] == 0
 
 
 def test_answers_of_a_trained_reader_are_texts_of_the_context(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from task_text import RAW, word_pieces
 from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError, evaluate_student
-from hf_distill.evaluation import Bleu, ChrF, Rouge
+from hf_distill.evaluation import Bleu, ChrF, Entities, Rouge
 from hf_distill.evaluation.task_metrics import QuestionAnswering
 
 CLASSIFY = "sequence-classification"
@@ -110,6 +110,8 @@ def of_classes(kind: str) -> dict[str, float]:
 )  # fmt: skip
 def test_quality_equals_the_oracle(kind: str) -> None:
     expected = of_distributions(kind)
+    if kind == "masked-lm":
+        expected["accuracy"] = of_classes(kind)["accuracy"]
     if kind.endswith("-lm"):
         expected["perplexity"] = math.exp(expected["ce"])
     elif kind != "question-answering":
@@ -125,6 +127,26 @@ def test_quality_equals_the_oracle(kind: str) -> None:
         assert found.pop("bits_per_byte") == pytest.approx(bits / text, rel=2e-5)
     assert found == pytest.approx(expected, rel=2e-5)
     assert found["kl_to_teacher"] > 0.005
+
+
+def test_entities_where_the_tags_mark_some() -> None:
+    """Only tokens with a tag count, as `test_task_metrics` counts them."""
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    student = make_model("Bert", "token-classification", 0, id2label=dict(enumerate(names)))
+    given, tokenizer = make_rows("token-classification", 13), word_pieces()
+    found = evaluate_student(student, None, given, tokenizer, speed=False, batch_size=5)
+    said, true = [], []
+    for row in given:
+        with torch.no_grad():
+            best = student(torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+        kept = [n for n, label in enumerate(row["labels"]) if label != -100]
+        said.append([names[best[n]] for n in kept])
+        true.append([names[row["labels"][n]] for n in kept])
+    expected = Entities().compute(predictions=said, references=true)
+    assert found["entity_f1"] > 0
+    assert {name: found[name] for name in expected} == expected
+    plain = make_model("Bert", "token-classification", 0)
+    assert "entity_f1" not in evaluate_student(plain, None, given, tokenizer, speed=False)
 
 
 def test_numbers() -> None:
@@ -189,24 +211,30 @@ def test_answers_are_the_best_spans_of_all_windows() -> None:
 
 
 def test_a_question_always_has_an_answer_where_all_have_one() -> None:
+    """Even where no answer is by far the likeliest, as in SQuAD 1.1."""
     model = make_model("Bert", "question-answering", 0)
-    with torch.no_grad():
-        model.qa_outputs.weight.zero_()
-        model.qa_outputs.bias.zero_()
-    row = {**RAW["question-answering"][1]}
-    with_none = [row, RAW["question-answering"][0]]
+
+    def prefer_none(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros_like(logits)
+        logits[:, 0] = 9.0  # [CLS], which stands for no answer
+        logits[:, 10, 0] = logits[:, 11, 1] = 5.0  # "cats" in the first window
+        return logits
+
+    model.qa_outputs.register_forward_hook(prefer_none)
+    answered, unanswered = RAW["question-answering"][1], RAW["question-answering"][0]
     windows = [one for one in rows("answers", 2) if one["row"] == 1]
+    assert len(windows) > 1
 
     def found(references: Any, given: Any) -> dict[str, float]:
         return evaluate_student(
             model, None, given, word_pieces(), references=references, speed=False
         )
 
-    alone = found([row], [{**one, "row": 0} for one in windows])
+    alone = found([answered], [{**one, "row": 0} for one in windows])
+    assert (alone["exact_match"], alone["f1"]) == (100, 100)
     assert "no_answer_accuracy" not in alone
-    assert alone["f1"] == 0  # "the" is the first span of all equal ones
-    assert found([row, row], rows("answers", 2))["exact_match"] == 0
-    assert found(with_none, rows("answers", 2))["has_answer_exact_match"] == 0
+    both = found([unanswered, answered], rows("answers", 2))
+    assert (both["has_answer_exact_match"], both["no_answer_accuracy"]) == (0, 100)
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
-"""The stages of a run: prepare, teacher, record, student, baseline, train, evaluate, report."""
+"""The stages of a run: prepare, teacher, annotate, record, student, baseline, train, evaluate,
+report."""
 
 from hf_distill.recipes.stages.order import (
     STAGES,
+    annotate,
     baseline,
     evaluate,
     measure_again,
@@ -19,6 +21,7 @@ __all__ = [
     "STAGES",
     "Run",
     "Stage",
+    "annotate",
     "baseline",
     "evaluate",
     "measure_again",

@@ -33,7 +33,7 @@ from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recipes.stages.task_evaluation import TaskMeasure
 from hf_distill.reporting.comparison import compare, results_table
 from hf_distill.reporting.model_card import CardFacts, write_card
-from hf_distill.reporting.report import names, write_report
+from hf_distill.reporting.report import names, unequal, write_report
 from hf_distill.teachers import LiveTeacher, as_teacher
 from hf_distill.training.feature_settings import features_named
 
@@ -192,6 +192,7 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         adapter=lora,
         task=recipe.task,
         examples=metrics.get("examples") or (),
+        unequal=unequal(told),
     )
 
 

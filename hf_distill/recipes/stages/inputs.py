@@ -134,7 +134,7 @@ def check_sources(recipe: Recipe) -> None:
             _check_model(recipe, role, section.model, section.model_kwargs)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
-    for places in (recipe.data.train, recipe.data.eval):
+    for places in (recipe.data.train, recipe.data.eval, recipe.data.unlabelled):
         if (name := hub_id([places] if isinstance(places, str) else places or [])) is not None:
             _check_reachable("dataset", "data set", name, recipe.data.revision)
 
@@ -230,7 +230,8 @@ def _first_line(error: Exception) -> str:
 
 def data_stamp(config: DataConfig) -> list[Any]:
     """Names, sizes and times of the local files that the rows come from."""
-    places = [[p] if isinstance(p, str) else p for p in (config.train, config.eval) if p]
+    given = (config.train, config.eval, config.unlabelled)
+    places = [[p] if isinstance(p, str) else p for p in given if p]
     return [_stamps(find_files(group, config.exclude)) for group in places if hub_id(group) is None]
 
 

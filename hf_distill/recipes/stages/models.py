@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -82,11 +82,32 @@ def head_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
+def rows_to_learn(run: Run, split: str) -> Dataset:
+    """The rows that the student learns.
+
+    To train on: with targets that the teacher has written, and rows without labels, if the recipe
+    has such.
+    """
+    if split == "train" and run.recipe.annotate is not None:
+        return load_from_disk(str(run.folder / "annotation" / split))
+    rows = rows_of(run, split)
+    if split == "train" and run.recipe.data.unlabelled is not None:
+        rows = concatenate_datasets([rows, rows_of(run, "unlabelled")])
+    return rows
+
+
 def rows_to_train(run: Run, split: str) -> Dataset:
     """The same rows with their recordings, if the recipe records the teacher."""
     if run.recipe.record is None:
-        return rows_of(run, split)
+        return rows_to_learn(run, split)
     return load_recording(run.folder / "recording" / split)
+
+
+def rows_of_baseline(run: Run, split: str) -> Dataset:
+    """The rows of the student, but with the original targets, and only those with labels."""
+    if split == "train" and run.recipe.has_rows_of_the_student:
+        return rows_of(run, split)
+    return rows_to_train(run, split)
 
 
 def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:

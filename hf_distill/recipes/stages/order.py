@@ -1,6 +1,6 @@
-"""The eight stages, the inputs of each, and the results that it uses.
+"""The nine stages, the inputs of each, and the results that it uses.
 
-prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> report
+prepare -> teacher -> annotate -> record -> student -> baseline -> train -> evaluate -> report
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.annotation import WRITTEN, annotate_rows
 from hf_distill.recipes.stages.evaluation import measure, write_report_and_card
 from hf_distill.recipes.stages.inputs import data_stamp, model_stamp, tokenizer_source
 from hf_distill.recipes.stages.models import make_student
@@ -23,6 +24,7 @@ def _decide_rows(recipe: Recipe) -> Any:
     source = tokenizer_source(recipe)
     data = recipe.data.model_dump(exclude={"num_proc"})  # which decides how fast, not what
     tokenizer = [recipe.tokenizer.vocab_size, source, model_stamp(source[0] if source else None)]
+    keeps_text = recipe.annotate is not None and recipe.task == "causal-lm"
     return [
         recipe.task,
         recipe.seed,
@@ -30,6 +32,7 @@ def _decide_rows(recipe: Recipe) -> Any:
         data_stamp(recipe.data),
         tokenizer,
         _given_teacher(recipe),
+        keeps_text,
     ]
 
 
@@ -50,12 +53,23 @@ def _decide_teacher(recipe: Recipe) -> Any:
     return [recipe.seed, section, model_stamp(recipe.teacher.model)]
 
 
+def _decide_annotation(recipe: Recipe) -> Any:
+    assert recipe.annotate is not None
+    written = _without(recipe.annotate.model_dump(), "batch_size")
+    return [recipe.seed, written, _precision(recipe), _given_teacher(recipe)]
+
+
 def _decide_recording(recipe: Recipe) -> Any:
     assert recipe.record is not None
     kept, train = _without(recipe.record.model_dump(), "batch_size"), arguments(recipe.train)
-    # The teacher runs in the precision of the trainings.
-    said = {key: train.get(key) for key in ("temperature", "bf16", "fp16")}
+    said = {"temperature": train["temperature"], **_precision(recipe)}
     return [recipe.seed, kept, said, _given_teacher(recipe)]
+
+
+def _precision(recipe: Recipe) -> dict[str, Any]:
+    """That of the trainings, in which the teacher writes and is recorded."""
+    train = arguments(recipe.train)
+    return {key: train.get(key) for key in ("bf16", "fp16")}
 
 
 def _decide_student(recipe: Recipe) -> Any:
@@ -94,12 +108,23 @@ teacher = Stage(
     everywhere=True,
     wanted=lambda recipe: recipe.teacher.is_trained_here,
 )
+annotate = Stage(
+    name="annotate",
+    doing="letting the teacher write the targets of the training rows",
+    result="annotation",
+    reads=_decide_annotation,
+    after=(prepare, teacher),
+    make=annotate_rows,
+    everywhere=True,
+    wanted=lambda recipe: recipe.annotate is not None,
+    keeps=(WRITTEN,),
+)
 record = Stage(
     name="record",
     doing="recording the teacher's outputs",
     result="recording",
     reads=_decide_recording,
-    after=(prepare, teacher),
+    after=(prepare, teacher, annotate),
     make=record_teacher,
     everywhere=True,
     wanted=lambda recipe: recipe.record is not None,
@@ -128,7 +153,7 @@ train = Stage(
     doing="distilling the student",
     result="student",
     reads=lambda recipe: _decide_training(recipe, distilled=True),
-    after=(teacher, record, student),
+    after=(teacher, annotate, record, student),
     make=distil,
     everywhere=True,
 )
@@ -149,7 +174,7 @@ report = Stage(
     after=(evaluate,),
     make=write_report_and_card,
 )
-STAGES = (prepare, teacher, record, student, baseline, train, evaluate, report)
+STAGES = (prepare, teacher, annotate, record, student, baseline, train, evaluate, report)
 
 
 def measure_again(run: Run) -> None:

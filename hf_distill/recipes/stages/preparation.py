@@ -16,6 +16,7 @@ from hf_distill.data import (
     tokenize_rows,
     tokenize_splits,
 )
+from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.models.loading import load_tokenizer
 from hf_distill.recipes import Recipe
@@ -28,15 +29,22 @@ TEXTS = ("text", "pair", "tokens", "question", "context", "source", "target")
 
 
 def prepare_data(run: Run, result: Path) -> None:
-    """`data/`: train/ and eval/ (Arrow), tokenizer/, preparation.json."""
+    """`data/`: train/ and eval/ (Arrow), tokenizer/, preparation.json; text/ for later stages."""
     recipe = run.recipe
     check_sources(recipe)
     arrow = result.parent / "arrow"
     if recipe.task == "causal-lm":
         rows, table = clean_rows(recipe.data, seed=recipe.seed, work_dir=arrow)
+        if recipe.annotate is not None and rows["train"].column_names == ["text"]:
+            raise InputError(
+                "annotate lets the teacher answer prompts, but the rows are plain text: give rows "
+                "with prompt and completion, or with messages"
+            )
         tokenizer = _tokenizer(recipe, rows)
         check_tokens(recipe, tokenizer)
         tokens, table = tokenize_rows(rows, tokenizer, recipe.data, table)
+        if recipe.annotate is not None:
+            rows["train"].save_to_disk(result / "text" / "train")
     else:
         found = read_task_rows(recipe.data, recipe.task, seed=recipe.seed, work_dir=arrow)
         texts = found.rows.select_columns(
@@ -45,7 +53,13 @@ def prepare_data(run: Run, result: Path) -> None:
         tokenizer = _tokenizer(recipe, texts)
         check_tokens(recipe, tokenizer)
         tokens, table, lines = tokenize_splits(
-            found.rows, tokenizer, recipe.data, recipe.task, found.table, seed=recipe.seed
+            found.rows,
+            tokenizer,
+            recipe.data,
+            recipe.task,
+            found.table,
+            seed=recipe.seed,
+            labels=found.labels,
         )
         for line in lines:
             run.log(f"  {line}")
@@ -53,7 +67,7 @@ def prepare_data(run: Run, result: Path) -> None:
             found.rows[split].save_to_disk(result / "text" / split)
         if found.labels is not None:
             (result / LABELS).write_text(json.dumps(asdict(found.labels)), encoding="utf-8")
-    for split in ("train", "eval"):
+    for split in tokens:
         tokens[split].save_to_disk(result / split)
     tokenizer.save_pretrained(result / "tokenizer")
     (result / "preparation.json").write_text(table.to_json())

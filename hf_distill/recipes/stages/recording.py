@@ -15,7 +15,12 @@ from hf_distill.evaluation.performance import MB
 from hf_distill.models.engines import plain_accelerator
 from hf_distill.recipes import Recipe, arguments
 from hf_distill.recipes.stages.inputs import training_arguments
-from hf_distill.recipes.stages.models import collator_of, rows_of, teacher_source, tokenizer_of
+from hf_distill.recipes.stages.models import (
+    collator_of,
+    rows_to_learn,
+    teacher_source,
+    tokenizer_of,
+)
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.recordings.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recordings.writer import RecordingSettings
@@ -36,7 +41,7 @@ def record_teacher(run: Run, result: Path) -> None:
     """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
     section = run.recipe.record
     assert section is not None
-    tokenizer, accelerator = tokenizer_of(run), _accelerator(run)
+    tokenizer, accelerator = tokenizer_of(run), accelerator_of(run)
     teacher = _teacher(run)
     settings = vars(settings_of(run.recipe))
     for split in SPLITS:
@@ -83,14 +88,14 @@ def estimate_recording(run: Run) -> Estimate:
         tokenizer=tokenizer,
         data_collator=collator_of(run.recipe, tokenizer),
         batch_size=section.batch_size,
-        accelerator=_accelerator(run),
+        accelerator=accelerator_of(run),
         settings=settings_of(run.recipe),
     )
 
 
 def _rows(run: Run, split: str) -> Dataset:
     """The rows to record; a sample of the training rows if the recipe limits them."""
-    rows, section = rows_of(run, split), run.recipe.record
+    rows, section = rows_to_learn(run, split), run.recipe.record
     assert section is not None
     if split != "train" or section.max_rows is None or section.max_rows >= len(rows):
         return rows
@@ -106,7 +111,7 @@ def _teacher(run: Run) -> Teacher:
     return teacher
 
 
-def _accelerator(run: Run) -> Accelerator:
+def accelerator_of(run: Run) -> Accelerator:
     """An accelerator with the mixed precision of the trainings."""
     args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"

@@ -25,6 +25,7 @@ from hf_distill.recipes.stages.models import (
     new_model,
     pretrained,
     rows_of,
+    rows_of_baseline,
     rows_to_train,
     student_to_train,
     teacher_source,
@@ -57,21 +58,24 @@ def train_teacher(run: Run, result: Path) -> None:
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
     # With alpha 0 the teacher runs in evaluations only, for the curve of the divergence.
-    _train_student(run, result, arguments(run.recipe.train) | {"alpha": 0.0, "features": None})
+    options = arguments(run.recipe.train) | {"alpha": 0.0, "features": None}
+    _train_student(run, result, options, rows_of_baseline)
 
 
 def distil(run: Run, result: Path) -> None:
     """`student/`: the distillation itself."""
-    _train_student(run, result, arguments(run.recipe.train))
+    _train_student(run, result, arguments(run.recipe.train), rows_to_train)
 
 
-def _train_student(run: Run, result: Path, options: dict[str, Any]) -> None:
+def _train_student(
+    run: Run, result: Path, options: dict[str, Any], rows_from: Callable[[Run, str], Dataset]
+) -> None:
     teacher: str | None = None
     if run.recipe.record is None:
         teacher, kwargs = teacher_source(run)
         placement = run.recipe.teacher.placement
         options = options | {"teacher_model_kwargs": kwargs, "teacher_placement": placement}
-    _train(run, result, student_to_train, teacher, options, rows_from=rows_to_train)
+    _train(run, result, student_to_train, teacher, options, rows_from=rows_from)
     lora = run.recipe.student.lora
     if lora is not None and lora.merge:
         run.from_main(lambda: _merge(run, result))

@@ -1,0 +1,127 @@
+"""Stage `annotate`: the teacher writes targets for the training rows, which the student learns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+
+from hf_distill.data import PreparationTable, Step, tokenize_rows
+from hf_distill.data.prepare_tasks import tokenize_split
+from hf_distill.data.tokenize import glue
+from hf_distill.errors import InputError
+from hf_distill.recipes.schema import Recipe
+from hf_distill.recipes.stages.models import (
+    rows_of,
+    teacher_source,
+    teacher_tokenizer_of,
+    text_of,
+    tokenizer_of,
+)
+from hf_distill.recipes.stages.recording import accelerator_of
+from hf_distill.recipes.stages.stage import Run, remove
+from hf_distill.recordings import annotate
+
+WRITTEN = "written"
+NEW_TOKENS = 256  # of a causal language model, where half of data.max_length is more
+TARGETS = ("target", "completion", "messages")
+
+
+def annotate_rows(run: Run, result: Path) -> None:
+    """`annotation/`: written/, rows with the teacher's targets and scores; train/, as tokens."""
+    section, data = run.recipe.annotate, run.recipe.data
+    assert section is not None
+    causal = run.recipe.task == "causal-lm"
+    tokens = section.max_new_tokens or default_new_tokens(run.recipe)
+    generation: dict[str, Any] = {"num_beams": section.num_beams, "do_sample": section.do_sample}
+    if section.do_sample:
+        generation["temperature"] = section.temperature
+    name, kwargs = teacher_source(run)
+    accelerator = accelerator_of(run)
+    # Beside the result, which is emptied when an interrupted stage goes on.
+    folder = result.parent / WRITTEN
+    written = annotate(
+        text_of(run, "train"),
+        name,
+        folder,
+        tokenizer=teacher_tokenizer_of(run),
+        generation=generation | {"max_new_tokens": tokens},
+        n=section.n,
+        prefix=data.prefix,
+        separator=data.separator if causal else "",
+        source_lang=data.source_lang,
+        target_lang=data.target_lang,
+        max_source_length=data.max_length - (tokens if causal else 0),
+        batch_size=section.batch_size,
+        shard_rows=section.shard_rows,
+        seed=run.recipe.seed,
+        accelerator=accelerator,
+        **kwargs,
+    )
+    run.from_main(lambda: _tokenize(run, written, result))
+    run.state.wait_for_everyone()  # the others may still have open what is moved away here
+    run.from_main(lambda: folder.rename(result / WRITTEN))
+    accelerator.free_memory()
+    gc.collect()
+    AcceleratorState._reset_state()
+
+
+def default_new_tokens(recipe: Recipe) -> int:
+    """The most tokens of a written target, where the recipe does not say."""
+    if recipe.task == "seq2seq-lm":
+        return recipe.data.max_target_length
+    return min(NEW_TOKENS, recipe.data.max_length // 2)
+
+
+def _tokenize(run: Run, written: Dataset, result: Path) -> None:
+    """Save the rows that the student learns, tokenized as the original ones were."""
+    section, config = run.recipe.annotate, run.recipe.data
+    assert section is not None
+    names = text_of(run, "train").column_names
+    target = next(name for name in TARGETS if name in names)
+    places = [i for i, value in enumerate(written[target]) if _text(value).strip()]
+    blank = len(written) - len(places)
+    if not places:
+        raise InputError(
+            f"the teacher wrote nothing for all of the {len(written)} texts: check its task, its "
+            "training and data.prefix"
+        )
+    # A copy, so that the files of the next steps do not come to stand among the shards.
+    copy = result.parent / "text"
+    remove(copy)
+    written.select(places).select_columns(names).save_to_disk(copy)
+    rows, tokenizer = load_from_disk(str(copy)), tokenizer_of(run)
+    step = Step("annotate", "train", len(rows), removed={"of which nothing was written": blank})
+    table = PreparationTable().add(step)
+    if run.recipe.task == "seq2seq-lm":
+        tokens, line = tokenize_split(rows, tokenizer, config, run.recipe.task)
+        run.log(f"  {line}")
+        count = sum(map(len, tokens["input_ids"]))
+        table = table.add(Step("tokenize", "train", len(tokens), tokens=count))
+    else:
+        if isinstance(rows[0].get("prompt"), str):
+            # The teacher has read the separator, also where it then began with white space.
+            rows = rows.map(_ended, fn_kwargs={"separator": config.separator})
+            config = config.model_copy(update={"separator": ""})
+        found, table = tokenize_rows(DatasetDict(train=rows), tokenizer, config, table)
+        tokens = found["train"]
+    if section.keep_original:
+        tokens = concatenate_datasets([rows_of(run, "train"), tokens])
+    tokens.save_to_disk(result / "train")
+    (result / "preparation.json").write_text(table.to_json())
+    note = f", {blank:,} of them blank and left out" if blank else ""
+    beside = ", beside the original rows" if section.keep_original else ""
+    run.log(f"  {len(written):,} texts{note}: the student learns {len(tokens):,} rows{beside}")
+
+
+def _text(target: Any) -> str:
+    """The text that was written, also where it is the last message of a conversation."""
+    return target if isinstance(target, str) else target[-1]["content"]
+
+
+def _ended(row: Mapping[str, str], separator: str) -> dict[str, str]:
+    return {"prompt": row["prompt"] + glue(row["prompt"], "", separator)}
