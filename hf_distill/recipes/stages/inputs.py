@@ -134,8 +134,8 @@ def check_sources(recipe: Recipe) -> None:
             _check_model(recipe, role, section.model, section.model_kwargs)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
-    for places in (recipe.data.train, recipe.data.eval):
-        if (name := hub_id([places] if isinstance(places, str) else places or [])) is not None:
+    for places in _places(recipe.data):
+        if (name := hub_id(places)) is not None:
             _check_reachable("dataset", "data set", name, recipe.data.revision)
 
 
@@ -230,8 +230,14 @@ def _first_line(error: Exception) -> str:
 
 def data_stamp(config: DataConfig) -> list[Any]:
     """Names, sizes and times of the local files that the rows come from."""
-    places = [[p] if isinstance(p, str) else p for p in (config.train, config.eval) if p]
+    places = _places(config)
     return [_stamps(find_files(group, config.exclude)) for group in places if hub_id(group) is None]
+
+
+def _places(config: DataConfig) -> list[list[str]]:
+    """The places of the training rows, and of each set of evaluation rows."""
+    train = [config.train] if isinstance(config.train, str) else config.train
+    return [train, *config.eval_places.values()]
 
 
 def model_stamp(name: str | None) -> Any:

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_distill.data import Labels, TaskCollator, check_max_length, collator, label_names
-from hf_distill.models.engines import made_whole
+from hf_distill.models.engines import made_whole, plain_accelerator
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_and_report
 from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import uses_influence
 from hf_distill.models.loading import load_model, load_tokenizer
 from hf_distill.models.student_report import StudentReport
-from hf_distill.recipes import Recipe
-from hf_distill.recipes.stages.inputs import revision_of
+from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.inputs import revision_of, training_arguments
 from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recordings.recorder import load_recording
 
@@ -55,13 +56,19 @@ def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     return TaskCollator(recipe.task, tokenizer, probability=recipe.data.mask_probability)
 
 
+def accelerator_of(run: Run) -> Accelerator:
+    """An accelerator with the mixed precision of the trainings."""
+    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
+    return plain_accelerator("bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+
+
 def rows_of(run: Run, split: str) -> Dataset:
-    """The tokenized rows of "train" or "eval"."""
+    """The tokenized rows of "train" or of one of the recipe's `data.eval_splits`."""
     return load_from_disk(str(run.folder / "data" / split))
 
 
 def text_of(run: Run, split: str) -> Dataset:
-    """The rows of "train" or "eval" as text, of tasks other than causal language modelling."""
+    """The same rows as text, of tasks other than causal language modelling."""
     return load_from_disk(str(run.folder / "data" / "text" / split))
 
 

@@ -6,21 +6,25 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import MB
-from hf_distill.models.engines import plain_accelerator
 from hf_distill.recipes import Recipe, arguments
-from hf_distill.recipes.stages.inputs import training_arguments
-from hf_distill.recipes.stages.models import collator_of, rows_of, teacher_source, tokenizer_of
+from hf_distill.recipes.stages.models import (
+    accelerator_of,
+    collator_of,
+    rows_of,
+    teacher_source,
+    tokenizer_of,
+)
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.recordings.recorder import Estimate, estimate, load_recording, record
 from hf_distill.recordings.writer import RecordingSettings
 from hf_distill.teachers import Teacher, as_teacher
 
+# The folders of a recording. Several evaluation sets are folders in the second.
 SPLITS = ("train", "eval")
 
 
@@ -36,10 +40,10 @@ def record_teacher(run: Run, result: Path) -> None:
     """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
     section = run.recipe.record
     assert section is not None
-    tokenizer, accelerator = tokenizer_of(run), _accelerator(run)
+    tokenizer, accelerator = tokenizer_of(run), accelerator_of(run)
     teacher = _teacher(run)
     settings = vars(settings_of(run.recipe))
-    for split in SPLITS:
+    for split in ("train", *run.recipe.data.eval_splits):
         # Beside the result, which is emptied when an interrupted stage goes on.
         record(
             _rows(run, split),
@@ -55,7 +59,7 @@ def record_teacher(run: Run, result: Path) -> None:
     run.state.wait_for_everyone()  # the others may still be opening what is moved away here
     run.from_main(lambda: _move(result))
     recorded = load_recording(result / "train")
-    size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
+    size = sum(path.stat().st_size for path in result.rglob("*.arrow"))
     run.log(f"  {len(recorded):,} rows, {size / MB:,.0f} MB on disk, tokens included")
     accelerator.free_memory()
     del teacher
@@ -83,7 +87,7 @@ def estimate_recording(run: Run) -> Estimate:
         tokenizer=tokenizer,
         data_collator=collator_of(run.recipe, tokenizer),
         batch_size=section.batch_size,
-        accelerator=_accelerator(run),
+        accelerator=accelerator_of(run),
         settings=settings_of(run.recipe),
     )
 
@@ -104,13 +108,6 @@ def _teacher(run: Run) -> Teacher:
     )
     assert teacher is not None  # there is a name
     return teacher
-
-
-def _accelerator(run: Run) -> Accelerator:
-    """An accelerator with the mixed precision of the trainings."""
-    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    return plain_accelerator(precision)
 
 
 def _move(result: Path) -> Any:

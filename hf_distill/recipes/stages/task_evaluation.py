@@ -73,12 +73,13 @@ class TaskMeasure:
     teacher: LiveTeacher
     accelerator: Accelerator
     judged: dict[str, Judged] = field(default_factory=dict)
+    split: str = "eval"
 
     def __post_init__(self) -> None:
         self._recipe = self.run.recipe
         self._tokenizer: Any = tokenizer_of(self.run)
-        self._tokens = rows_of(self.run, "eval")
-        self._texts = text_of(self.run, "eval")
+        self._tokens = rows_of(self.run, self.split)
+        self._texts = text_of(self.run, self.split)
         self._labels = labels_of(self.run)
         self._collate = collator_of(self._recipe, self._tokenizer)
 

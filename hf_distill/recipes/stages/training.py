@@ -101,7 +101,7 @@ def _train(
         args,
         teacher_tokenizer=teacher_tokenizer_of(run) if teacher is not None else None,
         train_dataset=rows,
-        eval_dataset=rows_from(run, "eval"),
+        eval_dataset=_evaluation_rows(run, rows_from),
         processing_class=tokenizer,
         data_collator=collator_of(recipe, tokenizer),
         callbacks=[clock],
@@ -137,6 +137,16 @@ def _train(
     gc.collect()
     # The next training sets up its own engine (DeepSpeed keeps the first one's settings).
     AcceleratorState._reset_state()
+
+
+def _evaluation_rows(
+    run: Run, rows_from: Callable[[Run, str], Dataset]
+) -> Dataset | dict[str, Dataset]:
+    """The evaluation rows; a dictionary, as Trainer takes it, where they are sets with names."""
+    splits = run.recipe.data.eval_splits
+    if splits == ("eval",):
+        return rows_from(run, "eval")
+    return {split.removeprefix("eval/"): rows_from(run, split) for split in splits}
 
 
 def _merge(run: Run, result: Path) -> None:
