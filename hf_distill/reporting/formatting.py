@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 Better = Literal["lower", "higher"] | None
 
-ROLES = ("teacher", "initial", "baseline", "student")
-"""The models of a run, in the order in which they are shown."""
+ROLES = ("unadapted", "teacher", "initial", "baseline", "student")
+"""The models of a run, in the order in which they are shown. Unadapted is the teacher as it was
+given, where the run adapts it to its rows."""
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,7 @@ def divergence_label(name: str) -> str:
 
 
 def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    final = {role: model for role, model in models.items() if role != "initial"}
+    final = {role: m for role, m in models.items() if role not in ("unadapted", "initial")}
     quality = [figure.key for figure in main_figures(models["student"], 1)]
     drawn = (plots.scatter(final, cost, key) for key in quality for cost in COSTS)
     return [svg for svg in drawn if svg]

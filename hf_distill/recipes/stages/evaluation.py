@@ -31,10 +31,12 @@ from hf_distill.recipes.stages.models import (
     teacher_tokenizer_of,
     tokenizer_of,
     trained,
+    unadapted_teacher,
 )
 from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recipes.stages.task_evaluation import TaskMeasure
 from hf_distill.reporting.comparison import compare, nearer_sentence, results_table
+from hf_distill.reporting.formatting import ROLES
 from hf_distill.reporting.model_card import CardFacts, write_card
 from hf_distill.reporting.report import names, write_report
 from hf_distill.teachers import LiveTeacher, as_teacher
@@ -84,7 +86,7 @@ def measure(run: Run, result: Path) -> None:
             all_costs[role] = costs[role] | _training_time(run, role)
         for role, model in models.items():
             shards = role == "teacher" and teacher.together  # run by all processes together
-            if role != "initial" and (run.state.is_main_process or shards):
+            if role not in ("unadapted", "initial") and (run.state.is_main_process or shards):
                 texts = continuations(
                     {role: model},
                     [prompt.ids for prompt in prompts],
@@ -120,7 +122,8 @@ def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
 
 
 def _training_time(run: Run, role: str) -> dict[str, float]:
-    if role not in ("baseline", "student"):
+    adapted = role == "teacher" and run.recipe.teacher.adapt is not None
+    if role not in ("baseline", "student") and not adapted:
         return {}
     training = read_json(run.folder / role / "training_results.json")
     return {"train_seconds": training["train_seconds"]}
@@ -134,6 +137,10 @@ def _write(
     sets: the quality of each role by split; costs: of each role, the same for all sets
     """
     main = next(iter(sets))
+    sets = {
+        split: {role: found[role] for role in ROLES if role in found}
+        for split, found in sets.items()
+    }
     comparisons = {split: compare(figures) for split, figures in sets.items()}
     figures = {role: found | costs[role] for role, found in sets[main].items()}
     facts = {"comparison": comparisons[main], **shown, **_circumstances(run)}
@@ -161,7 +168,11 @@ def write_report_and_card(run: Run, result: Path) -> None:
 
 
 def _roles(run: Run) -> list[str]:
-    return ["teacher", "initial", *(["baseline"] if run.recipe.baseline else []), "student"]
+    """The teacher first, since its own figures are those of the forward that the others share."""
+    unwanted = {"unadapted"} if run.recipe.teacher.adapt is None else set()
+    unwanted |= set() if run.recipe.baseline else {"baseline"}
+    roles = ("teacher", "unadapted", "initial", "baseline", "student")
+    return [role for role in roles if role not in unwanted]
 
 
 def _together(run: Run) -> list[list[str]]:
@@ -173,7 +184,8 @@ def _together(run: Run) -> list[list[str]]:
 
     def fits() -> bool:
         here = 1 if torch.cuda.is_available() else run.state.num_processes
-        size = size_mb(run.folder / "student_initial") * MB * (len(roles) - 1)
+        of = dict.fromkeys(roles, "student_initial") | {"unadapted": "teacher"}
+        size = sum(size_mb(run.folder / of[role]) * MB for role in roles if role != "teacher")
         return here * size < PeakMemory.available() / 2
 
     return [roles] if run.from_main(fits) else [[role] for role in roles]
@@ -185,6 +197,8 @@ def _model(run: Run, role: str, teacher: LiveTeacher) -> Any:
     if role == "initial":
         with made_whole():
             return student_initial(run)
+    if role == "unadapted":
+        return unadapted_teacher(run)
     return trained(run, role)
 
 

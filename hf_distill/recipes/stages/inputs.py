@@ -91,12 +91,20 @@ def bf16_is_fast(*, cpu: bool) -> bool:
     return False
 
 
+def teacher_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets of its teacher's training, or of its adaptation."""
+    section = recipe.teacher.adapt or recipe.teacher.train or PretrainSection()
+    options = arguments(section) | {"alpha": 0.0}
+    options.pop("lora", None)
+    return options
+
+
 def check_arguments(recipe: Recipe) -> None:
     """InputError for a value in a train section, before anything is read or written."""
     sections = {"train": arguments(recipe.train)}
     if recipe.teacher.is_trained_here:
-        pretraining = arguments(recipe.teacher.train or PretrainSection())
-        sections["teacher.train"] = {**pretraining, "alpha": 0.0}
+        name = "teacher.train" if recipe.teacher.adapt is None else "teacher.adapt"
+        sections[name] = teacher_options(recipe)
     for name, options in sections.items():
         try:
             training_arguments(recipe, options, recipe.output_dir)

@@ -17,20 +17,21 @@ from transformers.trainer_callback import ExportableState
 
 from hf_distill.data import require_rows
 from hf_distill.evaluation.performance import MB, PeakMemory
-from hf_distill.recipes import PretrainSection, arguments
-from hf_distill.recipes.stages.inputs import training_arguments
+from hf_distill.recipes import arguments
+from hf_distill.recipes.stages.inputs import teacher_options, training_arguments
 from hf_distill.recipes.stages.models import (
     collator_of,
-    merged,
-    new_model,
-    pretrained,
+    merge_adapter,
     rows_of,
     rows_to_train,
+    student_initial,
     student_to_train,
     teacher_source,
+    teacher_to_train,
     teacher_tokenizer_of,
     teaches_itself,
     tokenizer_of,
+    unadapted_teacher,
 )
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.reporting.formatting import compact
@@ -43,15 +44,9 @@ DIVERGENCE = ("divergence", "temperature", "beta", "skew")
 
 def train_teacher(run: Run, result: Path) -> None:
     """`teacher/`: the teacher's config or model, trained on the rows with cross-entropy only."""
-    section = run.recipe.teacher
-    options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
-
-    def make(run: Run) -> Any:
-        if section.config is None:
-            return pretrained(run, "teacher")
-        return new_model(run, section.config)
-
-    _train(run, result, make, None, options)
+    _train(run, result, teacher_to_train, None, teacher_options(run.recipe))
+    if (result / "adapter_config.json").exists():
+        run.from_main(lambda: merge_adapter(unadapted_teacher(run, dtype="float32"), result))
 
 
 def train_baseline(run: Run, result: Path) -> None:
@@ -74,7 +69,7 @@ def _train_student(run: Run, result: Path, options: dict[str, Any]) -> None:
     _train(run, result, student_to_train, teacher, options, rows_from=rows_to_train)
     lora = run.recipe.student.lora
     if lora is not None and lora.merge:
-        run.from_main(lambda: _merge(run, result))
+        run.from_main(lambda: merge_adapter(student_initial(run), result))
 
 
 def _train(
@@ -147,14 +142,6 @@ def _evaluation_rows(
     if splits == ("eval",):
         return rows_from(run, "eval")
     return {split.removeprefix("eval/"): rows_from(run, split) for split in splits}
-
-
-def _merge(run: Run, result: Path) -> None:
-    """Replace the adapter in a folder by the merged model."""
-    model = merged(run, result)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (result / name).unlink()
-    model.save_pretrained(result)
 
 
 class Bar(ProgressCallback):
