@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where `make real-models` puts the checkpoints, outside the repository.
+REAL_MODELS ?= ../real-models
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-distributed lint bench gpu-kit clean
+.PHONY: demo test test-all test-distributed lint bench real-models gpu-kit clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +43,13 @@ bench: $(VENV)/bench  ## speed and memory beside other libraries, over an hour a
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/head.py --temperature 2
 	$(BIN)/python benchmarks/step.py --dtype float32,bfloat16
+
+$(VENV)/gguf: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	touch $@
+
+real-models: $(VENV)/gguf  ## two real checkpoints (176 MB), for recipes/smollm2.yaml and benchmarks/pruning.py
+	$(BIN)/python benchmarks/real_models.py $(REAL_MODELS)
 
 gpu-kit: $(VENV)/dev  ## wheels for a GPU machine without a network, see docs/performance.md
 	$(BIN)/python benchmarks/gpu_kit.py

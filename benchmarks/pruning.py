@@ -1,12 +1,15 @@
 """Ways to cut a teacher to about the same number of parameters, before and after training.
 
-    python benchmarks/pruning.py --teacher FOLDER [--gguf FILE] --train FILE --eval FILE
+    make real-models
+    python benchmarks/pruning.py --train FILE --eval FILE
     python benchmarks/pruning.py ... --steps 120 --seeds 0,1,2 --json
+    python benchmarks/pruning.py --teacher FOLDER [--gguf FILE] ...
 
-The texts are plain, .gz or .xz files. Each student is distilled from the teacher (forward KL and
-cross-entropy, alpha 0.9, AdamW 2e-4), on the same packed rows in the order of the seed. Perplexity
-is that of the held-out rows. Rows of the result: {method, parameters, initial_perplexity,
-trained_perplexity, seed}; the teacher's own perplexity goes to stderr.
+The texts are plain, .gz or .xz files. The teacher is SmolLM2-135M by default. Each student is
+distilled from the teacher (forward KL and cross-entropy, alpha 0.9, AdamW 2e-4), on the same packed
+rows in the order of the seed. Perplexity is that of the held-out rows. Rows of the result: {method,
+parameters, initial_perplexity, trained_perplexity, seed}; the teacher's own perplexity goes to
+stderr.
 
 The sizes are chosen for SmolLM2-135M (30 layers of 1,536 neurons and 9 heads in 3 groups): each
 method removes 21 of its 134.5 million parameters. Others are given with --methods as JSON.
@@ -24,6 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import real_models
 import torch
 from datasets import Dataset
 from transformers import set_seed
@@ -85,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", required=True, help="folder or id")
+    parser.add_argument("--teacher", help="folder or id; by default that of `make real-models`")
     parser.add_argument("--gguf", help="GGUF file in it")
     parser.add_argument("--train", required=True, help="text to train and to measure units on")
     parser.add_argument("--eval", required=True, help="held-out text")
@@ -96,6 +100,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     silence_libraries()
+    if options.teacher is None:
+        options.teacher = str(real_models.FOLDER / real_models.SMOLLM2.name)
+        options.gguf = real_models.SMOLLM2_FILE
     which = {"gguf_file": options.gguf} if options.gguf else {}
     teacher = load_model(options.teacher, "teacher", dtype=torch.bfloat16, **which)
     tokenizer = load_tokenizer(options.teacher, "teacher", **which)

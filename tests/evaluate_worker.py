@@ -19,6 +19,9 @@ if __name__ == "__main__":
         data_collator=collate,
     )
     metrics = trainer.evaluate()
+    # The same rows in two sets, of which one has fewer than a round of batches.
+    rows = make_rows(13, seed=2)
+    metrics |= trainer.evaluate({"many": rows, "few": rows[:2]})
     if trainer.is_world_process_zero():
         Path(sys.argv[1]).write_text(json.dumps(metrics))
     leave()

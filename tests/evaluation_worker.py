@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from distributed import leave
@@ -12,7 +13,8 @@ from evaluation_setup import ROWS, collate, pair, tokenizer
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance as measure
-from hf_distill.evaluation.evaluate import evaluate_student
+from hf_distill.evaluation.evaluate import evaluate_models, evaluate_student
+from hf_distill.teachers import LiveTeacher
 
 
 def diverged() -> None:
@@ -22,7 +24,7 @@ def diverged() -> None:
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     student, teacher = pair()
-    figures = {}
+    figures: dict[Any, Any] = {}
     for rows in (13, 3):  # 13 = 4 + 4 + 4 + 1, and fewer rows than one round of batches
         figures[rows] = evaluate_student(
             student,
@@ -34,8 +36,19 @@ if __name__ == "__main__":
             accelerator=accelerator,
             speed=rows == 3,
         )
+    quality, _ = evaluate_models(
+        {"teacher": teacher, "student": student},
+        LiveTeacher(teacher, tokenizer()),
+        {"whole": ROWS, "part": ROWS[:5]},
+        tokenizer(),
+        batch_size=4,
+        data_collator=collate,
+        accelerator=accelerator,
+        speed=False,
+    )
+    figures["sets"] = quality
     # What fails on the main process alone reaches all of them.
-    measure.speed = lambda model: diverged()  # type: ignore[assignment]
+    measure.costs = lambda models, writes: diverged()  # type: ignore[assignment]
     try:
         evaluate_student(student, teacher, ROWS[:3], tokenizer(), data_collator=collate)
     except InputError as error:

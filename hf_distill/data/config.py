@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+# Names become a part of logged names, as eval_NAME_loss, and of folders.
+_SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+EvalSets = Annotated[dict[_SetName, str | list[str]], Field(min_length=1)]
 
 # What rows are. Prompts and completions that are lists of messages are chat_completion: of these
 # rows only the completion's messages are learnt.
@@ -50,8 +54,9 @@ class DataConfig(BaseModel):
     train: str | list[str]
     """Files, globs (``**`` too), folders, or one Hub data set id. ``{stdlib}`` stands for the
     folder of the Python standard library."""
-    eval: str | list[str] | None = None
-    """The same for evaluation rows; without it (and without ``eval_split``) rows are held out."""
+    eval: str | list[str] | EvalSets | None = None
+    """The same for evaluation rows, or several sets by name, as ``{novels: FILE, news: FILE}``, of
+    which the first is the main one; without it (and without ``eval_split``) rows are held out."""
     unlabelled: str | list[str] | None = None
     """Classification: rows without labels, in the places that ``train`` may have, which the student
     learns from the teacher alone."""
@@ -94,6 +99,7 @@ class DataConfig(BaseModel):
     max_train_rows: int | None = Field(default=None, ge=1)
     """Keep a sample of this many rows after cleaning (by content and seed, in their order)."""
     max_eval_rows: int | None = Field(default=None, ge=1)
+    """The same for each set of evaluation rows."""
 
     clean: CleanConfig = CleanConfig()
     max_length: int = Field(default=512, ge=2)
@@ -117,3 +123,15 @@ class DataConfig(BaseModel):
     within for prompt-completion and chat."""
     num_proc: int | None = Field(default=None, ge=1)
     """Processes that prepare the data. The result does not depend on it."""
+
+    @property
+    def eval_places(self) -> dict[str, list[str]]:
+        """The places of `eval` by split: "eval", or "eval/NAME" for each set that has a name."""
+        sets = self.eval if isinstance(self.eval, dict) else {"": self.eval}
+        listed = {n: [p] if isinstance(p, str) else p for n, p in sets.items() if p is not None}
+        return {f"eval/{name}" if name else "eval": places for name, places in listed.items()}
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """The splits of evaluation rows: "eval", or "eval/NAME" for each set that has a name."""
+        return tuple(self.eval_places) or ("eval",)

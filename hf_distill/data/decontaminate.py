@@ -46,20 +46,25 @@ class _Index:
 
 
 def contained(
-    train: Dataset, evaluation: Dataset, name: Format, threshold: float, num_proc: int | None
+    train: Dataset,
+    evaluation: Dataset,
+    names: tuple[Format, Format],
+    threshold: float,
+    num_proc: int | None,
 ) -> Mask:
     """(training rows,) True where the larger share of common sequences reaches the threshold.
 
+    names: the formats of training and evaluation rows
     Memory: 12 bytes per word of the evaluation rows.
     """
-    index = _index(evaluation, name)
+    index = _index(evaluation, names[1])
     if not len(index.hashes) or not len(train):
         return np.zeros(len(train), dtype=bool)
     shares = train.map(
         _shares,
         batched=True,
         batch_size=200,
-        fn_kwargs={"index": index, "name": name, "version": VERSION},
+        fn_kwargs={"index": index, "name": names[0], "version": VERSION},
         remove_columns=train.column_names,
         features=Features({"share": Value("float64")}),
         num_proc=num_proc,

@@ -76,33 +76,38 @@ def clean_rows(
 
     seed: decides which rows are held out or sampled
     work_dir: for Arrow files; a second call with the same settings and files reuses them
-    returns: splits ``train`` and ``eval`` with the columns text, or prompt and completion, or
-        messages; and the table of steps. Neither depends on ``num_proc``.
+    returns: the splits ``train`` and ``config.eval_splits`` with the columns text, or prompt and
+        completion, or messages; and the table of steps. Neither depends on ``num_proc``.
     raises: InputError if a file is bad, or no training or evaluation row is left
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     train, name, collected = _part(config, config.train, "train", config.split, work_dir)
     table = PreparationTable().add(collected, _filter(train))
-    places, split = evaluation_places(config)
-    if places is None:
-        evaluation = _hold_out(train, config.eval_fraction, seed)
-        _refuse_single_row(train, evaluation, config)
+    places, hub_split = evaluation_places(config)
+    evaluations: list[tuple[_Part, Format]] = []
+    if not places:
+        held_out = _hold_out(train, config.eval_fraction, seed)
+        _refuse_single_row(train, held_out, config)
         table = table.add(train.step("hold out"))
-    else:
-        evaluation, other, collected = _part(config, places, "eval", split, work_dir)
-        if other != name:
+        evaluations.append((held_out, name))
+    for split, of_split in places.items():
+        evaluation, other, collected = _part(config, of_split, split, hub_split, work_dir)
+        if other != name and split == "eval":
             raise InputError(f"training rows are {name} but evaluation rows are {other}")
         table = table.add(collected, _filter(evaluation))
-    table = table.add(_settle_evaluation(evaluation, config, seed))
-    _require(evaluation, "evaluation", table)
+        evaluations.append((evaluation, other))
+    for evaluation, _ in evaluations:
+        table = table.add(_settle_evaluation(evaluation, config, seed))
+        _require(evaluation, "evaluation", table)
     if (share := config.clean.eval_overlap) is not None:
-        table = table.add(_remove_overlap(train, evaluation, config, name, share))
+        for evaluation, other in evaluations:
+            table = table.add(_remove_overlap(train, evaluation, config, (name, other), share))
     table = table.add(_remove_repeated(train, config))
     if config.max_train_rows is not None:
         table = table.add(_sample(train, config.max_train_rows, seed))
     _require(train, "training", table)
-    rows = DatasetDict(train=train.selected(name), eval=evaluation.selected(name))
-    return rows, table
+    held = {evaluation.split: evaluation.selected(other) for evaluation, other in evaluations}
+    return DatasetDict({"train": train.selected(name), **held}), table
 
 
 def text_iterator(rows: Dataset | DatasetDict) -> Iterator[str]:
@@ -152,19 +157,22 @@ def _part(
     return part, name, part.step("collect", changed=changed)
 
 
-def evaluation_places(config: DataConfig) -> tuple[str | list[str] | None, str]:
-    """Where evaluation rows come from (None: held out), and the split if that is the Hub."""
-    if config.eval is not None:
-        return config.eval, config.eval_split or "validation"
+def evaluation_places(config: DataConfig) -> tuple[dict[str, list[str]], str]:
+    """Where the evaluation rows of each split come from, and which split of the Hub's data sets.
+
+    Without places rows are held out.
+    """
+    if config.eval_places:
+        return config.eval_places, config.eval_split or "validation"
     if config.eval_split is None:
-        return None, ""
+        return {}, ""
     places = [config.train] if isinstance(config.train, str) else config.train
     if hub_id(places) is None:
         raise InputError(
             "data.eval_split names a split of a Hub data set, but data.train is local: "
             "give files as data.eval"
         )
-    return config.train, config.eval_split
+    return {"eval": places}, config.eval_split
 
 
 def _filter(part: _Part) -> Step:
@@ -211,22 +219,24 @@ def _settle_evaluation(part: _Part, config: DataConfig, seed: int) -> Step:
 
 
 def _remove_overlap(
-    train: _Part, evaluation: _Part, config: DataConfig, name: Format, share: float
+    train: _Part, evaluation: _Part, config: DataConfig, names: tuple[Format, Format], share: float
 ) -> Step:
+    """names: the formats of both parts"""
     equal = train.drop(np.isin(train.values("_hash"), evaluation.values("_hash")))
     near = 0
     if (threshold := config.clean.near_duplicates) is not None:
         count = len(evaluation.indices)
         signatures = Signatures((evaluation.rows, evaluation.indices), (train.rows, train.indices))
         near = train.drop(near_evaluation(signatures, count, threshold)[count:])
-    rows, held = train.selected(name), evaluation.selected(name)
-    inside = train.drop(contained(rows, held, name, share, config.num_proc))
+    rows, held = train.selected(names[0]), evaluation.selected(names[1])
+    inside = train.drop(contained(rows, held, names, share, config.num_proc))
     removed = {
         "equal to an evaluation row": equal,
         "near-duplicates of an evaluation row": near,
         "sharing text with an evaluation row": inside,
     }
-    return train.step("evaluation overlap", removed)
+    of_set = evaluation.split.removeprefix("eval").replace("/", " with ")
+    return train.step(f"evaluation overlap{of_set}", removed)
 
 
 def _remove_repeated(train: _Part, config: DataConfig) -> Step:

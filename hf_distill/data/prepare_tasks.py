@@ -8,7 +8,7 @@ cleans.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of text with the splits "train" and "eval", what their labels are, and the steps.
+    """Rows of text of all splits, what their labels are, and the steps.
 
     rows: with the split "unlabelled" where the settings name such rows
     """
@@ -84,34 +84,37 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
     if task == "masked-lm":
         rows, table = clean_rows(config, seed=seed, work_dir=work_dir)
         return TaskRows(rows, None, table)
-    places, split = evaluation_places(config)
+    places, hub_split = evaluation_places(config)
     train, labels = _read(config, config.train, config.split, task, None, work_dir)
     table = PreparationTable().add(Step("collect", "train", len(train)))
     keys = _hashes(train, UNITS[task])
-    if places is None:
+    held_out: dict[str, Dataset] = {}
+    if not places:
         held = smallest(_mixed(keys, seed), config.eval_fraction)
-        evaluation, train, keys = _kept(train, held), _kept(train, ~held), keys[~held]
+        held_out["eval"], train, keys = _kept(train, held), _kept(train, ~held), keys[~held]
         table = table.add(Step("hold out", "train", len(train)))
-    else:
-        evaluation, _ = _read(config, places, split, task, labels, work_dir)
-        table = table.add(Step("collect", "eval", len(evaluation)))
-    evaluation, step = _settled(evaluation, "eval", config, config.max_eval_rows, seed)
-    table = table.add(step)
+    for split, of_split in places.items():
+        held_out[split], _ = _read(config, of_split, hub_split, task, labels, work_dir)
+        table = table.add(Step("collect", split, len(held_out[split])))
+    for split, rows in held_out.items():
+        held_out[split], step = _settled(rows, split, config, config.max_eval_rows, seed)
+        table = table.add(step)
     if config.clean.eval_overlap is not None:
-        shared = np.isin(keys, _hashes(evaluation, UNITS[task]))
+        names = UNITS[task]
+        shared = np.isin(keys, np.concatenate([_hashes(r, names) for r in held_out.values()]))
         train = _kept(train, ~shared)
-        removed = {f"with the {UNITS[task][0]} of an evaluation row": int(shared.sum())}
+        removed = {f"with the {names[0]} of an evaluation row": int(shared.sum())}
         table = table.add(Step("evaluation overlap", "train", len(train), removed=removed))
     train, step = _settled(train, "train", config, config.max_train_rows, seed)
-    table, splits = table.add(step), DatasetDict(train=train, eval=evaluation)
+    table, splits = table.add(step), DatasetDict({"train": train, **held_out})
     if config.unlabelled is not None:
-        splits["unlabelled"], step = _unlabelled(config, train, evaluation, work_dir)
+        splits["unlabelled"], step = _unlabelled(config, train, held_out.values(), work_dir)
         table = table.add(step)
     return TaskRows(splits, labels, table)
 
 
 def _unlabelled(
-    config: DataConfig, train: Dataset, evaluation: Dataset, work_dir: Path
+    config: DataConfig, train: Dataset, held_out: Iterable[Dataset], work_dir: Path
 ) -> tuple[Dataset, Step]:
     """The rows without labels, without those whose text is in another split too."""
     places = config.unlabelled
@@ -129,10 +132,11 @@ def _unlabelled(
         raise InputError(f"{where}: the rows without labels are {ours}, the others {theirs}")
     names = UNITS["sequence-classification"]
     hashes, removed = _hashes(rows, names), {}
+    of_evaluation = np.concatenate([_hashes(split, names) for split in held_out])
     keep = np.ones(len(rows), dtype=bool)
     for reason, mask in {
         "equal to an earlier row": repeated(hashes),
-        "with the text of an evaluation row": np.isin(hashes, _hashes(evaluation, names)),
+        "with the text of an evaluation row": np.isin(hashes, of_evaluation),
         "with the text of a row with a label": np.isin(hashes, _hashes(train, names)),
     }.items():
         removed[reason] = int((mask & keep).sum())
@@ -167,7 +171,7 @@ def tokenize_splits(
             tokens = tokens.cast(found["train"].features)  # to be joined with them
         else:
             tokens, line = tokenize_split(rows[split], tokenizer, config, task)
-        if task == "masked-lm" and split == "eval":
+        if task == "masked-lm" and split != "train":
             tokens = _masked(tokens, tokenizer, config.mask_probability, seed)
         found[split] = tokens
         lines.append(f"{split}: {line}")
@@ -268,7 +272,7 @@ def _settled(
         removed["not sampled"] = len(left) - most
     rows = _kept(rows, keep)
     if not len(rows):
-        what = {"train": "training", "eval": "evaluation"}[split]
+        what = "training" if split == "train" else "evaluation"
         raise InputError(f"no {what} rows are left: give more, or another data.eval_fraction")
     return rows, Step("deduplicate", split, len(rows), removed=removed)
 

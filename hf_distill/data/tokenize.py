@@ -40,11 +40,11 @@ def tokenize_rows(
         to be learnt), and ``position_ids`` where packed documents must not see each other
     raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
     """
-    name = _format(rows)
-    chat = name in ("chat", "chat_completion")
-    check_tokenizer(tokenizer, config.max_length, chat=chat, what="data.max_length")
     splits: dict[str, Dataset] = {}
     for split, part in rows.items():
+        name = _format(part)
+        chat = name in ("chat", "chat_completion")
+        check_tokenizer(tokenizer, config.max_length, chat=chat, what="data.max_length")
         annotated, step = _annotated(part, split, tokenizer, config, name)
         table = table.add(step)
         if not len(annotated):
@@ -183,8 +183,8 @@ def windows(row: Annotated, max_length: int, *, text: bool, cut: bool) -> list[d
     return found
 
 
-def _format(rows: DatasetDict) -> Format:
-    features = rows["train"].features
+def _format(rows: Dataset) -> Format:
+    features = rows.features
     for name, wanted in COLUMNS.items():
         if set(wanted) <= set(features):
             talks = not any(isinstance(features[column], Value) for column in wanted)

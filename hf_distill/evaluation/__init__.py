@@ -1,6 +1,7 @@
 """Evaluation: a student beside its teacher, in quality, size, speed and memory."""
 
-from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation.continuations import continuations
+from hf_distill.evaluation.evaluate import evaluate_models, evaluate_student
 from hf_distill.evaluation.examples import examples
 from hf_distill.evaluation.generation_metrics import Bleu, ChrF, Rouge
 from hf_distill.evaluation.metrics import (
@@ -41,6 +42,7 @@ __all__ = [
     "TeacherAgreement",
     "TokenClassification",
     "continuations",
+    "evaluate_models",
     "evaluate_student",
     "examples",
     "row_sums",

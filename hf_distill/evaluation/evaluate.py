@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +28,8 @@ from hf_distill.evaluation.task_measures import Evaluation, Measure, task_measur
 from hf_distill.evaluation.writing import Texts
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import one_accelerator
-from hf_distill.models.from_scratch import max_positions
 from hf_distill.tasks import CausalLM, MaskedLM, Seq2SeqLM, Task
-from hf_distill.teachers import Teacher
+from hf_distill.teachers import Teacher, as_teacher
 
 Batch = Mapping[str, Any]
 T = TypeVar("T")
@@ -88,40 +87,95 @@ def evaluate_student(
         if generate is not None:
             measures.append(_texts(pair, tokenizer, generate, references, accelerator))
         collate = data_collator or default_collator(pair.task, tokenizer)
-        figures = measure(pair, rows, collate, measures, accelerator, batch_size, description)
-        figures |= performance.size(pair.plain)
-        if speed and not pair.together:  # what is in shards is asked by all processes at once
-            writes = isinstance(pair.task, CausalLM | Seq2SeqLM)
-            timed = performance.speed if writes else performance.forward_speed
-            figures |= _on_main(accelerator, lambda: timed(pair.plain))
+        measured = {"": (pair, measures)}
+        figures = _measure(measured, rows, collate, accelerator, batch_size, description)[""]
+        figures |= costs_of({"": pair}, accelerator, speed=speed)[""]
     return Evaluation(figures, measures)
 
 
-def measure(
-    pair: Pair,
+@torch.no_grad()
+def evaluate_models(
+    models: Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel | Teacher,
+    datasets: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_collator: Callable[[list[Any]], Batch],
+    batch_size: int = 8,
+    accelerator: Accelerator | None = None,
+    speed: bool = True,
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
+    """Measure several models of one task beside one teacher, which runs once a batch for all.
+
+    models: by name, and the teacher's own model perhaps among them; all are in memory together
+    datasets: sets of rows by name; the other arguments are those of `evaluate_student`
+    returns: the quality of each model by set and name; and its size, with `speed` its speed and
+        peak memory, by name. The models are timed in turn, see `in_turn`
+    raises: InputError, as `evaluate_student`
+    """
+    with one_accelerator(accelerator) as accelerator, as_they_were(*models.values(), teacher):
+        found = as_teacher(teacher)
+        pairs = {name: Pair(model, found, accelerator) for name, model in models.items()}
+        reads = max(pair.student.embedding_rows for pair in pairs.values())
+        if found is not None:
+            found.prepare(accelerator, student_reads=reads)
+        shared = {name: pair.shared_outcomes(tokenizer) for name, pair in pairs.items()}
+        quality = {}
+        for of_set, rows in datasets.items():
+            measured = {}
+            for name, pair in pairs.items():
+                prepared(pair.task, rows, tokenizer, masked=False)
+                measured[name] = pair, task_measures(pair, tokenizer, shared[name], rows)
+            quality[of_set] = _measure(
+                measured, rows, data_collator, accelerator, batch_size, f"evaluating {of_set}"
+            )
+        return quality, costs_of(pairs, accelerator, speed=speed)
+
+
+def costs_of(
+    pairs: Mapping[str, Pair], accelerator: Accelerator, *, speed: bool
+) -> dict[str, dict[str, float]]:
+    """Size of each model; its speed and peak memory, measured on the main process."""
+    sizes = {name: performance.size(pair.plain) for name, pair in pairs.items()}
+    # What is in shards is asked by all processes at once, and not timed.
+    timed = {name: pair for name, pair in pairs.items() if speed and not pair.together}
+    if not timed:
+        return sizes
+    writes = all(isinstance(pair.task, CausalLM | Seq2SeqLM) for pair in timed.values())
+    models = {name: pair.plain for name, pair in timed.items()}
+    costs = _on_main(accelerator, lambda: performance.costs(models, writes=writes))
+    return {name: of_model | costs.get(name, {}) for name, of_model in sizes.items()}
+
+
+def _measure(
+    measured: Mapping[str, tuple[Pair, Sequence[Measure]]],
     dataset: Any,
     data_collator: Callable[[list[Any]], Batch],
-    measures: Sequence[Measure],
     accelerator: Accelerator,
     batch_size: int,
     description: str,
-) -> dict[str, float]:
-    """Run student and teacher on all rows, and return the figures of all measures."""
+) -> dict[str, dict[str, float]]:
+    """Run some models and their common teacher on all rows, and return the figures of each."""
     batches = _batches(dataset, data_collator, batch_size, accelerator)
     shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
     for batch in shown:
-        outputs = pair.outputs(batch)
+        theirs: Tensor | None = None
+        for pair, measures in measured.values():
+            outputs = pair.outputs(batch, theirs)
+            theirs = outputs.teacher
+            for one in measures:
+                columns = one.columns(outputs)
+                for name in one.widths_differ & columns.keys():
+                    columns[name] = accelerator.pad_across_processes(
+                        columns[name], dim=1, pad_index=IGNORE
+                    )
+                gathered = accelerator.gather_for_metrics(columns)
+                one.add({name: values.cpu() for name, values in gathered.items()})
+    figures: dict[str, dict[str, float]] = {}
+    for name, (_, measures) in measured.items():
+        figures[name] = {}
         for one in measures:
-            columns = one.columns(outputs)
-            for name in one.widths_differ & columns.keys():
-                columns[name] = accelerator.pad_across_processes(
-                    columns[name], dim=1, pad_index=IGNORE
-                )
-            gathered = accelerator.gather_for_metrics(columns)
-            one.add({name: values.cpu() for name, values in gathered.items()})
-    figures: dict[str, float] = {}
-    for one in measures:
-        figures |= one.figures()
+            figures[name] |= one.figures()
     return figures
 
 
@@ -210,50 +264,3 @@ def _on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-@torch.no_grad()
-def continuations(
-    models: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int = 48,
-) -> list[dict[str, str]]:
-    """Greedy continuations of the same prompts by several models, side by side.
-
-    models: by the name that their text gets; prompts: token ids
-    max_new_tokens: fewer where a model has no position left for them
-    returns: for each prompt, `prompt` and each model's continuation of it, as text
-    raises: InputError for a prompt that leaves a model no position at all
-    """
-    table = []
-    with as_they_were(*models.values()):
-        for prompt in prompts:
-            ids = {"prompt": list(prompt)}
-            for name, model in models.items():
-                ids[name] = _continue(model.eval(), name, ids["prompt"], max_new_tokens)
-            texts = (str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids.values())
-            table.append(dict(zip(ids, texts, strict=True)))
-    return table
-
-
-def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> list[int]:
-    limit = max_positions(model.config)
-    if limit is not None and limit <= len(prompt):
-        raise InputError(
-            f"a prompt has {len(prompt)} tokens, but the {name} has only {limit} positions: "
-            "cut the prompts shorter"
-        )
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-    ids = torch.tensor([prompt], device=model.device)
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        synced_gpus=False,  # what runs here is whole, or run by all processes alike
-        num_beams=1,
-        max_new_tokens=room,
-        pad_token_id=0,  # never needed in a batch of one; saves a warning
-    )
-    return written[0, len(prompt) :].tolist()

@@ -81,10 +81,12 @@ class Pair:
             self.task.check_pair(base_model(self.plain), base_model(model))
         return self.student.outcomes
 
-    def outputs(self, batch: Mapping[str, Any]) -> Outputs:
+    def outputs(self, batch: Mapping[str, Any], theirs: Tensor | None = None) -> Outputs:
         """Run both on a batch.
 
         A model that is its own teacher is run once, so that it agrees with itself exactly.
+        theirs: the teacher's logits in this batch where they are known from another pair; the
+            teacher is not run again
         raises: InputError for a batch without labels, or with one that is none of the outcomes
         """
         if not self.task.has_labels(batch):
@@ -103,16 +105,20 @@ class Pair:
         labelled = targets.select(labels != IGNORE)
         if targets.ce_weight is not None:
             labelled = labelled & (targets.ce_weight != 0)
-        ours, theirs = self._logits(batch, targets)
+        ours, theirs = self._logits(batch, targets, theirs)
         return Outputs(batch, asked, labelled, ours, theirs)
 
-    def _logits(self, batch: Mapping[str, Any], targets: Targets) -> tuple[Tensor, Tensor | None]:
+    def _logits(
+        self, batch: Mapping[str, Any], targets: Targets, theirs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         inputs = self.task.model_inputs(batch)
         ours = self.student.signal(inputs, targets, self.wrapped).logits.to(targets.index.device)
         if self._itself:
             return ours, ours
         if self.teacher is None:
             return ours, None
+        if theirs is not None:
+            return ours, theirs
         signal = self.teacher.signal(inputs, targets)
         if isinstance(signal, Sampled | TopK):
             raise InputError(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import inspect
 import resource
-import statistics
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,17 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_distill.errors import InputError
-from hf_distill.models.from_scratch import max_positions
-from hf_distill.models.vocabulary import embedding_rows
-
-PROMPT_TOKENS, NEW_TOKENS = 128, 64
-EXAMPLES = 8
-REPEATS = 5
-BUDGET_S = 30.0
-"""After this many seconds a slow model is not timed again."""
+from hf_distill.evaluation.speed import (
+    BUDGET_S,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    ROUNDS,
+    generate,
+    in_turn,
+    random_prompt,
+    reading,
+    writing,
+)
 
 MB = 1e6
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -61,40 +62,31 @@ def size_mb(source: Any) -> float:
 
 
 @torch.no_grad()
-def speed(
-    model: Any,
+def costs(
+    models: Mapping[str, Any],
     *,
-    prompt_tokens: int = PROMPT_TOKENS,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = REPEATS,
+    writes: bool,
+    rounds: int = ROUNDS,
     budget_s: float = BUDGET_S,
-) -> dict[str, float]:
-    """Speed and memory of a model in eval mode on one prompt, on the device where it is.
+) -> dict[str, dict[str, float]]:
+    """Speed and memory of models in eval mode, by name, on the devices where they are.
 
-    The prompt is random ids, since the text makes no difference. Both lengths are cut to the
-    model's positions. Speeds are medians after a warm-up.
-    returns: `prefill_tokens_per_s` (prompt tokens read, cache filled), `decode_tokens_per_s`
-        (tokens after the first, greedy, with the cache), and `peak_memory_mb`, see there
+    writes: False for models that read only
+    returns: for each the medians of its speeds over rounds in which all models have their turn:
+        `prefill_tokens_per_s` and `decode_tokens_per_s`, or `examples_per_s`; each with its
+        `*_spread`, see `in_turn`; and `peak_memory_mb`, see there
     """
-    started = time.perf_counter()
-    limit = max_positions(model.config) or prompt_tokens + new_tokens
-    new_tokens = max(2, min(new_tokens, limit // 2))
-    prompt_tokens = max(1, min(prompt_tokens, limit - new_tokens))
-    prompt = _random_prompt(model, prompt_tokens)
-    _prefill(model, prompt)
-    _generate(model, prompt, 2)
-    prefills: list[float] = []
-    decodes: list[float] = []
-    while not decodes or (len(decodes) < repeats and time.perf_counter() - started < budget_s):
-        prefills.append(_seconds(model, lambda: _prefill(model, prompt)))
-        first = _seconds(model, lambda: _generate(model, prompt, 1))
-        whole = _seconds(model, lambda: _generate(model, prompt, new_tokens))
-        decodes.append(max(whole - first, 1e-9))
-    return {
-        "prefill_tokens_per_s": prompt_tokens / statistics.median(prefills),
-        "decode_tokens_per_s": (new_tokens - 1) / statistics.median(decodes),
-        "peak_memory_mb": peak_memory_mb(model, prompt_tokens + new_tokens),
-    }
+    works: dict[str, Callable[[], dict[str, float]]] = {}
+    memory: dict[str, Callable[[], float]] = {}
+    for name, model in models.items():
+        if writes:
+            works[name], tokens = writing(model)
+            memory[name] = partial(peak_memory_mb, model, tokens)
+        else:
+            works[name], forward = reading(model)
+            memory[name] = partial(_peak_mb, model, forward)
+    found = in_turn(works, rounds, budget_s)
+    return {name: found[name] | {"peak_memory_mb": memory[name]()} for name in models}
 
 
 @torch.no_grad()
@@ -109,41 +101,8 @@ def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> floa
     from run to run. Nearly all tokens are prompt, since decoding adds only the cache to the peak.
     """
     few = min(4, tokens - 1)
-    prompt = _random_prompt(model, tokens - few)
-    return _peak_mb(model, lambda: _generate(model, prompt, few))
-
-
-@torch.no_grad()
-def forward_speed(
-    model: Any,
-    *,
-    tokens: int = PROMPT_TOKENS,
-    examples: int = EXAMPLES,
-    repeats: int = REPEATS,
-    budget_s: float = BUDGET_S,
-) -> dict[str, float]:
-    """Speed and memory of a model in eval mode that reads, and writes nothing.
-
-    tokens: of each example, cut to the model's positions; examples: read together
-    returns: `examples_per_s`, a median after a warm-up, and `peak_memory_mb` of one such forward,
-        which is counted as in `peak_memory_mb`
-    """
-    started = time.perf_counter()
-    # RoBERTa and its relatives reserve two positions.
-    limit = max_positions(model.config) or tokens + 2
-    ids = _random_prompt(model, max(1, min(tokens, limit - 2)), rows=examples)
-
-    def read() -> None:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-    read()
-    times: list[float] = []
-    while not times or (len(times) < repeats and time.perf_counter() - started < budget_s):
-        times.append(_seconds(model, read))
-    return {
-        "examples_per_s": examples / statistics.median(times),
-        "peak_memory_mb": _peak_mb(model, read),
-    }
+    prompt = random_prompt(model, tokens - few)
+    return _peak_mb(model, lambda: generate(model, prompt, few))
 
 
 def _peak_mb(model: Any, work: Callable[[], None]) -> float:
@@ -254,50 +213,3 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     # Offloaded tensors have no address to tell them apart.
     distinct = {(t.device, t.data_ptr() or id(t), t.numel()): t for t in list(tensors)}
     return sum(t.numel() * t.element_size() for t in distinct.values())
-
-
-def _random_prompt(model: Any, tokens: int, rows: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
-    ids = torch.randint(embedding_rows(model), (rows, tokens), generator=generator)
-    # Some classifiers refuse, or look for, padding.
-    padding = model.config.get_text_config().pad_token_id
-    ids = ids if rows == 1 or padding is None else ids.masked_fill(ids == padding, padding + 1)
-    return ids.to(model.device)
-
-
-def _prefill(model: Any, prompt: Tensor) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # As generation does it: only the last position's logits are wanted.
-    last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
-    if model.config.is_encoder_decoder:  # the encoder reads the prompt, the decoder begins
-        options["decoder_input_ids"] = torch.zeros_like(prompt[:, :1])
-    model(input_ids=prompt, use_cache=True, **options)
-
-
-def _generate(model: Any, prompt: Tensor, new_tokens: int) -> None:
-    model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        synced_gpus=False,  # the model is whole here, or all processes run it alike
-        num_beams=1,
-        use_cache=True,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=0,  # never needed in a batch of one; saves a warning
-    )
-
-
-def _seconds(model: Any, work: Callable[[], None]) -> float:
-    _wait_for(model.device)
-    start = time.perf_counter()
-    work()
-    _wait_for(model.device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait until an accelerator has finished its queued work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -3,6 +3,7 @@
 from hf_distill.recipes.keys import keys
 from hf_distill.recipes.reading import dump_recipe, load_recipe, parse_recipe
 from hf_distill.recipes.schema import (
+    AdapterSection,
     PretrainSection,
     Recipe,
     StudentSection,
@@ -12,6 +13,7 @@ from hf_distill.recipes.schema import (
 )
 
 __all__ = [
+    "AdapterSection",
     "PretrainSection",
     "Recipe",
     "StudentSection",

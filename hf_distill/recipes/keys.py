@@ -45,7 +45,7 @@ def _walk(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Non
         path = f"{prefix}{key}"
         field = model.model_fields.get(key)
         if field is None:
-            if key in RESERVED and prefix.endswith("train."):
+            if key in RESERVED and prefix.endswith(("train.", "adapt.")):
                 raise InputError(f"key {path!r} cannot be set in a recipe: {RESERVED[key]}")
             raise _unknown(path)
         section = _section(field)

@@ -146,6 +146,32 @@ def _plain(hint: Any) -> Any:
     return functools.reduce(operator.or_, kept)
 
 
+class AdapterSection(Section):
+    """LoRA adapters, which are trained while the model itself is frozen (`peft`)."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=16, gt=0)
+    """Their scale is alpha / r (`lora_alpha`)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters (`lora_dropout`)."""
+    target_modules: str | list[str] | None = None
+    """Names of the layers that get an adapter; by default those of peft for the model type."""
+    modules_to_save: list[str] | None = None
+    """Layers that are trained in full beside the adapters."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Adapt direction and length of the weights separately."""
+
+
+class LoraSection(AdapterSection):
+    """A LoRA student."""
+
+    merge: bool = False
+    """Merge the adapters into the weights of the saved student."""
+
+
 class _Training(Section):
     """The keys of a train section beside the fields of its arguments class."""
 
@@ -164,7 +190,16 @@ class _Training(Section):
         return self
 
 
-def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> type[Section]:
+class _Adapting(_Training):
+    """The keys of the adaptation of a teacher."""
+
+    lora: AdapterSection | None = None
+    """Train adapters, which are merged into the teacher; by default all of its weights."""
+
+
+def _train_section(
+    name: str, doc: str, arguments: type[TrainingArguments], base: type[Section] = _Training
+) -> type[Section]:
     """A section with the fields of an arguments class; None leaves one to Trainer's default."""
     hints = get_type_hints(arguments)
     of_trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -183,11 +218,14 @@ def _train_section(name: str, doc: str, arguments: type[TrainingArguments]) -> t
             hint | None,
             Field(default=default, description=description, ge=least),
         )
-    return create_model(name, __base__=_Training, __doc__=doc, **fields)
+    return create_model(name, __base__=base, __doc__=doc, **fields)
 
 
 PretrainSection = _train_section(
     "PretrainSection", "How the teacher is trained.", TrainingArguments
+)
+AdaptSection = _train_section(
+    "AdaptSection", "How the teacher is adapted to the rows.", TrainingArguments, _Adapting
 )
 TrainSection = _train_section(
     "TrainSection", "How baseline and student are trained.", DistillationArguments
@@ -221,36 +259,25 @@ class TeacherSection(Section):
     train: PretrainSection | None = None  # type: ignore[valid-type]
     """Its training on the same rows, from scratch or from `model`: fields of
     `transformers.TrainingArguments`."""
+    adapt: AdaptSection | None = None  # type: ignore[valid-type]
+    """Train `model` with cross-entropy on the same rows before it teaches: the same fields. Its
+    figures before and after are reported."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSection:
+        if self.adapt is not None and self.model is None:
+            raise ValueError("has 'adapt', which is for a teacher from 'model': use 'train'")
+        if self.adapt is not None and "quantization_config" in self.model_kwargs:
+            raise ValueError(
+                "has 'adapt' and a quantised model, whose weights cannot be trained: leave one out"
+            )
+        _one_of(self, "train", "adapt", at_least=0)
         return _one_of(self, "model", "config")
 
     @property
     def is_trained_here(self) -> bool:
         """Whether the run trains it, from scratch or from `model`."""
-        return self.config is not None or self.train is not None
-
-
-class LoraSection(Section):
-    """A LoRA student: the initial model is frozen and adapters are trained (`peft`)."""
-
-    r: int = Field(default=8, ge=1)
-    """Rank of the adapters."""
-    alpha: float = Field(default=16, gt=0)
-    """Their scale is alpha / r (`lora_alpha`)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the adapters (`lora_dropout`)."""
-    target_modules: str | list[str] | None = None
-    """Names of the layers that get an adapter; by default those of peft for the model type."""
-    modules_to_save: list[str] | None = None
-    """Layers that are trained in full beside the adapters."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(r)."""
-    use_dora: bool = False
-    """Adapt direction and length of the weights separately."""
-    merge: bool = False
-    """Merge the adapters into the weights of the saved student."""
+        return self.config is not None or self.train is not None or self.adapt is not None
 
 
 class AnnotateSection(Section):
@@ -500,6 +527,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _adaptation_fits_the_task(self) -> Recipe:
+        if self.teacher.adapt is not None and self.task != "causal-lm":
+            raise ValueError(
+                f"has 'teacher.adapt' for the task {self.task}, but that is for causal-lm: use "
+                "'teacher.train', which trains a teacher from 'model' on the rows of any task"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recordings_fit_the_task(self) -> Recipe:
         if self.record is not None and self.task in NOT_RECORDED:
             raise ValueError(
@@ -544,9 +580,11 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """All settings with the defaults of a recipe, without those of Trainer."""
-        dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
+        dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train", "adapt"}})
         dump["train"] = arguments(self.train)
-        if self.teacher.is_trained_here:
+        if self.teacher.adapt is not None:
+            dump["teacher"]["adapt"] = arguments(self.teacher.adapt)
+        elif self.teacher.is_trained_here:
             dump["teacher"]["train"] = arguments(self.teacher.train or PretrainSection())
         return {key: dump[key] for key in type(self).model_fields}
 

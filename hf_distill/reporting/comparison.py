@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hf_distill.errors import InputError
-from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured
+from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured, unsteady_note
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -67,6 +67,30 @@ def compare(results: Results) -> dict[str, dict[str, float]]:
     return {"retention": retention, "gap_closed": gap_closed}
 
 
+def nearer_sentence(sets: Mapping[str, Results]) -> str:
+    """On which sets of rows the student is nearer to its teacher than the baseline is.
+
+    sets: the figures by model of each set; nearer is the one with the lower KL to the teacher
+    returns: one sentence; "" where a set has no such figures
+    """
+    nearer: list[str] = []
+    others: list[str] = []
+    for name, results in sets.items():
+        ours, theirs = (
+            measured(results.get(role), "kl_to_teacher") for role in ("student", "baseline")
+        )
+        if ours is None or theirs is None:
+            return ""
+        figure = BY_KEY["kl_to_teacher"]
+        said = f"{name} (KL {figure.text(ours)}, baseline {figure.text(theirs)})"
+        (nearer if figure.prefers(ours, theirs) else others).append(said)
+    start = "The student is nearer to its teacher than the baseline"
+    if not nearer:
+        return f"{start} on none of the sets: {', '.join(others)}."
+    but = f"; it is not on {', '.join(others)}" if others else ""
+    return f"{start} on {', '.join(nearer)}{but}."
+
+
 def results_table(
     results: Results, comparison: Mapping[str, Mapping[str, float]] | None = None
 ) -> Table:
@@ -82,12 +106,14 @@ def results_table(
     for name in comparison or {}:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for figure in figures_of(results):
-        cells = [figure.text(measured(model, figure.key)) for model in results.values()]
+        cells = [figure.cell(model) for model in results.values()]
         for values in (comparison or {}).values():
             share = values.get(figure.key)
             # "+ 0.0" makes 0.0 of -0.0
             cells.append("" if share is None else f"{round(100 * share, 1) + 0.0:.1f}%")
         table.add_row(_label(figure), *cells)
+    table.caption = unsteady_note(results)
+    table.caption_justify = "left"
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,28 @@ def read_recipe(run_dir: Path) -> tuple[str | None, dict[str, Any]]:
         line = str(error).splitlines()[0]
         raise InputError(f"{str(run_dir / 'recipe.yaml')!r} is not valid YAML: {line}") from error
     return text, recipe if isinstance(recipe, dict) else {}
+
+
+def history_of_set(
+    history: Sequence[Mapping[str, Any]], name: str, sets: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A log with the figures of one of several sets of held-out rows as if it were the only one.
+
+    Trainer logs those of a set under ``eval_<name>_<key>``.
+    """
+    # The longest name that fits: of "a" and "a_b", "eval_a_b_ce" belongs to the second.
+    ordered = sorted(sets, key=len, reverse=True)
+
+    def key_of(key: str) -> str | None:
+        for one in ordered:
+            if key.startswith(f"eval_{one}_"):
+                return f"eval_{key.removeprefix(f'eval_{one}_')}" if one == name else None
+        return key
+
+    return [
+        {new: value for key, value in entry.items() if (new := key_of(key)) is not None}
+        for entry in history
+    ]
 
 
 def write_page(template: str, context: Mapping[str, Any], path: str | Path) -> Path:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 Better = Literal["lower", "higher"] | None
 
-ROLES = ("teacher", "initial", "baseline", "student")
-"""The models of a run, in the order in which they are shown."""
+ROLES = ("unadapted", "teacher", "initial", "baseline", "student")
+"""The models of a run, in the order in which they are shown. Unadapted is the teacher as it was
+given, where the run adapts it to its rows."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Figure:
         if self.percent:
             return f"{100 * value:.1f}%"
         return compact(value) if self.key == "parameters" else number(value)
+
+    def cell(self, model: Mapping[str, Any] | None) -> str:
+        """The model's number, with "~" before a speed whose rounds differ by too much."""
+        text = self.text(measured(model, self.key))
+        return f"~{text}" if _is_unsteady(model, self.key) else text
 
     def mean_text(self, values: Sequence[float]) -> str:
         """The mean of several runs ± their standard deviation; a single value as it is.
@@ -98,6 +104,10 @@ FIGURES = (
     Figure("train_seconds", "Training time", "s", better="lower"),
     Figure("targets", "Targets evaluated"),
 )
+# Beside a speed stands the spread of its rounds, (largest - smallest) / median, under its key with
+# this ending.
+SPREAD = "_spread"
+LARGEST_SPREAD = 0.2
 BY_KEY = {figure.key: figure for figure in FIGURES}
 # The figures that say most of a model, each before those that say less beside it.
 MAIN = (
@@ -121,13 +131,37 @@ def main_figures(model: Mapping[str, Any], most: int = 2) -> list[Figure]:
 def figures_of(models: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
     """The figures that were measured of at least one of these models, known ones first."""
     known = [f for f in FIGURES if any(measured(m, f.key) is not None for m in models.values())]
-    keys = dict.fromkeys(key for model in models.values() for key in model if key not in BY_KEY)
+    keys = dict.fromkeys(
+        key
+        for model in models.values()
+        for key in model
+        if key not in BY_KEY and not key.endswith(SPREAD)
+    )
     others = [
         Figure(key, key.replace("_", " ").capitalize())
         for key in keys
         if any(measured(model, key) is not None for model in models.values())
     ]
     return known + others
+
+
+def unsteady_note(models: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What "~" means, and how large the largest spread is; None where no speed has the mark."""
+    keys = {key.removesuffix(SPREAD) for model in models.values() for key in model}
+    spreads = [
+        model[key + SPREAD] for model in models.values() for key in keys if _is_unsteady(model, key)
+    ]
+    if not spreads:
+        return None
+    return (
+        f"~: the rounds in which this speed was measured differ by up to {max(spreads):.0%} of "
+        "their median. Probably something else was running; `hf-distill evaluate` measures again."
+    )
+
+
+def _is_unsteady(model: Mapping[str, Any] | None, key: str) -> bool:
+    spread = measured(model, key + SPREAD)
+    return spread is not None and spread > LARGEST_SPREAD
 
 
 def measured(model: Mapping[str, Any] | None, key: str) -> float | None:

@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_distill.models.heads import HEADS
-from hf_distill.reporting.formatting import BY_KEY, ROLES, figures_of, measured
+from hf_distill.reporting.comparison import nearer_sentence
+from hf_distill.reporting.formatting import BY_KEY, ROLES, figures_of, measured, unsteady_note
 
 TAGS = ("distillation", "hf-distill")
 DATA_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".xz", ".zst")
@@ -59,7 +60,8 @@ class CardFacts:
     model_name: the title; teacher, initial_from: Hub ids, local paths or a few words
     dataset: one or several Hub ids or local paths
     objective: alpha, temperature, divergence and its parameters, by name
-    metrics: {"student": {"perplexity": ...}, "teacher": {...}, ...} as in ``metrics.json``
+    metrics: {"student": {"perplexity": ...}, "teacher": {...}, ...} as in ``metrics.json``, and
+        where there are several sets of held-out rows, the same under `sets` by name
     training: steps, learning rate, seed and the like, by name
     repo_id: where it will be published, for the snippet that loads it
     adapter: True where only a PEFT adapter is saved
@@ -101,7 +103,11 @@ def render_card(facts: CardFacts) -> str:
     name = _one_line(public_name(facts.model_name))
     datasets = _as_list(facts.dataset)
     metrics = facts.metrics or {}
-    models = {role: metrics[role] for role in ROLES if figures_of({role: metrics.get(role, {})})}
+    models = models_of(metrics)
+    sets = metrics.get("sets") or {}
+    # The figures of the first set are the main ones, and stand beside the costs.
+    tables = {next(iter(sets), ""): models}
+    tables |= {name: models_of(sets[name]) for name in list(sets)[1:]}
     text = _TEMPLATES.get_template("card.md.jinja").render(
         metadata=_metadata(facts, name, models).to_yaml().strip(),
         name=name,
@@ -117,10 +123,17 @@ def render_card(facts: CardFacts) -> str:
         versions=_readable(facts.versions),
         models=models,
         unequal=facts.unequal,
-        figures=figures_of(models),
+        tables=[(name, table, figures_of(table)) for name, table in tables.items() if table],
+        nearer=nearer_sentence(sets),
+        unsteady=unsteady_note(models),
         measured=measured,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def models_of(metrics: Metrics) -> dict[str, Mapping[str, Any]]:
+    """The models with at least one figure, in their order."""
+    return {role: metrics[role] for role in ROLES if figures_of({role: metrics.get(role, {})})}
 
 
 def _classes(facts: CardFacts) -> dict[str, str]:

@@ -44,13 +44,18 @@ History = Sequence[Mapping[str, Any]]
 
 
 def curves(
-    histories: Mapping[str, History], key: str, title: str, teacher: float | None = None
+    histories: Mapping[str, History],
+    key: str,
+    title: str,
+    teacher: float | None = None,
+    name: str = "",
 ) -> str | None:
     """One quantity over the steps: training as a thin line, held-out rows as one with markers.
 
     histories: by role, the entries of Trainer's ``log_history``
     key: ``loss``, ``ce``, ``forward_kl``, ...; held-out values stand under ``eval_<key>``
     teacher: the teacher's own value on the held-out rows, drawn as a dashed line
+    name: of the set of held-out rows, which makes the plot's ids unique in the page
     returns: SVG, or None where nothing was logged under that key
     """
     lines = {role: (series(h, key), series(h, f"eval_{key}")) for role, h in histories.items()}
@@ -74,7 +79,7 @@ def curves(
     _over_steps(axes, points, () if teacher is None else (teacher,))
     if key in BY_KEY and BY_KEY[key].percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return _svg(figure, f"{title} over the optimizer steps", key)
+    return _svg(figure, f"{title} over the optimizer steps", f"{key} {name}".strip())
 
 
 def _over_steps(

@@ -9,7 +9,14 @@ from typing import Any
 from hf_distill.data import Step
 from hf_distill.errors import InputError
 from hf_distill.reporting import plots
-from hf_distill.reporting.files import read_json, read_preparation, read_recipe, write_page
+from hf_distill.reporting.comparison import nearer_sentence
+from hf_distill.reporting.files import (
+    history_of_set,
+    read_json,
+    read_preparation,
+    read_recipe,
+    write_page,
+)
 from hf_distill.reporting.formatting import (
     BY_KEY,
     ROLES,
@@ -18,6 +25,7 @@ from hf_distill.reporting.formatting import (
     figures_of,
     main_figures,
     measured,
+    unsteady_note,
 )
 
 TRAINED = ("baseline", "student")
@@ -68,8 +76,10 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "seed": metrics.get("seed"),
         "models": models,
         "tiles": list(_tiles(models)),
-        "rows": list(_rows(models, metrics.get("comparison") or {})),
-        "curves": _curves(run_dir, models),
+        "tables": _tables(metrics, models),
+        "unsteady": unsteady_note(models),
+        "nearer": nearer_sentence(metrics.get("sets") or {}),
+        "curves": _curves(run_dir, models, list(metrics.get("sets") or {})),
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
         "examples": metrics.get("examples") or [],
@@ -221,6 +231,18 @@ def _preparation(run_dir: Path, recipe: Mapping[str, Any]) -> list[Step]:
     return [s for part in parts for s in read_preparation(run_dir / part / "preparation.json")]
 
 
+def _tables(metrics: Mapping[str, Any], models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of results; of several sets of rows one for each, the costs in the first."""
+    sets = metrics.get("sets") or {}
+    first = {"name": next(iter(sets), ""), "rows": _rows(models, metrics.get("comparison") or {})}
+    tables = [first]
+    for name, of_set in list(sets.items())[1:]:
+        quality = {role: of_set.get(role) or {} for role in models}
+        rows = _rows(quality, of_set.get("comparison") or {})
+        tables.append({"name": name, "rows": rows})
+    return [{**table, "rows": list(table["rows"])} for table in tables]
+
+
 def _rows(
     models: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
@@ -229,7 +251,7 @@ def _rows(
         values = {role: measured(model, figure.key) for role, model in models.items()}
         yield {
             "figure": figure,
-            "cells": {role: figure.text(value) for role, value in values.items()},
+            "cells": {role: figure.cell(model) for role, model in models.items()},
             "best": _best(figure, values),
             "retention": _share(comparison, "retention", figure.key),
             "gap_closed": _share(comparison, "gap_closed", figure.key),
@@ -280,13 +302,27 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 # ---- Plots ----
 
 
-def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
+def _curves(run_dir: Path, models: dict[str, Any], sets: list[str]) -> list[str]:
+    """The curves of both trainings; those of held-out rows for each set of them."""
     histories = {
         role: history
         for role in TRAINED
         if role in models  # files of an earlier recipe are left out
         and (history := read_json(run_dir / role / "log_history.json", list))
     }
+    if not sets:
+        return _curves_of_set(run_dir, histories)
+    found: list[str] = []
+    for name in sets:
+        logs = {role: history_of_set(h, name, sets) for role, h in histories.items()}
+        found += _curves_of_set(run_dir, logs, name)
+    return found
+
+
+def _curves_of_set(
+    run_dir: Path, histories: Mapping[str, plots.History], of_set: str = ""
+) -> list[str]:
+    """of_set: its name, which stands behind the titles"""
     labels = {
         "ce": "Cross-entropy (nats per target)",
         **{name: divergence_label(name) for name in divergences(histories)},
@@ -299,7 +335,11 @@ def _curves(run_dir: Path, models: dict[str, Any]) -> list[str]:
     alike = {role: h for role, h in histories.items() if _same_divergence(run_dir, role)}
     drawn = (
         plots.curves(
-            alike if key in divergences(histories) else histories, key, label, references.get(key)
+            alike if key in divergences(histories) else histories,
+            key,
+            f"{label}, {of_set}" if of_set else label,
+            references.get(key),
+            of_set,
         )
         for key, label in labels.items()
     )
@@ -333,7 +373,7 @@ def divergence_label(name: str) -> str:
 
 
 def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    final = {role: model for role, model in models.items() if role != "initial"}
+    final = {role: m for role, m in models.items() if role not in ("unadapted", "initial")}
     quality = [figure.key for figure in main_figures(models["student"], 1)]
     drawn = (plots.scatter(final, cost, key) for key in quality for cost in COSTS)
     return [svg for svg in drawn if svg]

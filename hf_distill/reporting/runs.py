@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill.errors import InputError
-from hf_distill.reporting.files import read_json, read_recipe
+from hf_distill.reporting.files import history_of_set, read_json, read_recipe
 from hf_distill.reporting.formatting import ROLES, Figure, measured
 
 # Where a run is stored, which is no setting.
@@ -150,6 +150,9 @@ def _read(folder: Path) -> FinishedRun | None:
     """The run of a folder; None if it is not finished."""
     run = read_json(folder / "work" / "run.json", dict) or {}
     metrics = read_json(folder / "metrics.json", dict)
+    history = read_json(folder / "student" / "log_history.json", list) or []
+    if sets := list((metrics or {}).get("sets") or {}):
+        history = history_of_set(history, sets[0], sets)  # the main one, as the figures
     # Of a run that goes on with other settings, the metrics are still those of the earlier ones.
     if metrics is None or not metrics.get("student") or run.get("complete") is False:
         return None
@@ -157,7 +160,7 @@ def _read(folder: Path) -> FinishedRun | None:
         folder,
         _flat(read_recipe(folder)[1]),
         {role: metrics[role] for role in ROLES if metrics.get(role)},
-        read_json(folder / "student" / "log_history.json", list) or [],
+        history,
         _frozen(metrics.get("machine")),
     )
 

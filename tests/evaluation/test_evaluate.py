@@ -19,7 +19,8 @@ from trainer_setup import small_model
 
 from hf_distill import DistillationTrainer
 from hf_distill.errors import InputError
-from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation import continuations, evaluate_models, evaluate_student
+from hf_distill.teachers import LiveTeacher
 
 # peft 0.21 asks for a property that transformers 5.23 has renamed.
 PEFT_LAGS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -183,7 +184,8 @@ def test_cost_comes_with_quality_unless_unwanted() -> None:
     student, teacher = pair()
     found = evaluate_student(student, teacher, ROWS, tokenizer(), data_collator=collate)
     size = {"parameters", "size_mb"}
-    speed = {"prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_mb"}
+    rates = ("prefill_tokens_per_s", "decode_tokens_per_s")
+    speed = {*rates, *(f"{rate}_spread" for rate in rates), "peak_memory_mb"}
     assert found.keys() == QUALITY | size | speed
     assert all(math.isfinite(value) and value > 0 for value in found.values())
     assert json.loads(json.dumps(found)) == found
@@ -211,6 +213,41 @@ def test_processes_do_not_matter(processes: int, tmp_path: Path) -> None:
         alone = evaluate(*pair(), ROWS[:rows], batch_size=4)
         together = {name: found[0][str(rows)][name] for name in QUALITY}
         assert together == pytest.approx(alone, rel=1e-6)
+    student, teacher = pair()
+    for name, of_set in (("whole", ROWS), ("part", ROWS[:5])):
+        for role, model in (("teacher", teacher), ("student", student)):
+            alone = evaluate(model, teacher, of_set, batch_size=4)
+            assert found[0]["sets"][name][role] == pytest.approx(alone, rel=1e-6)
+
+
+class CountedTeacher(LiveTeacher):
+    """A teacher that counts its forwards."""
+
+    asked = 0
+
+    def signal(self, *args: Any) -> Any:
+        self.asked += 1
+        return super().signal(*args)
+
+
+@pytest.mark.parametrize("with_itself", [False, True])
+def test_one_teacher_is_asked_once_for_several_models(with_itself: bool) -> None:
+    student, model = pair()
+    other = small_model(9)
+    teacher = CountedTeacher(model, tokenizer())
+    models = {"teacher": model} if with_itself else {}
+    models |= {"student": student, "other": other}
+    quality, costs = evaluate_models(
+        models, teacher, {"whole": ROWS, "part": ROWS[:5]}, tokenizer(),
+        data_collator=collate, batch_size=4, speed=False,
+    )  # fmt: skip
+    assert teacher.asked == (0 if with_itself else 4 + 2)  # batches
+    assert list(costs) == list(models)
+    for name, rows in (("whole", ROWS), ("part", ROWS[:5])):
+        assert list(quality[name]) == list(models)
+        for role, one in models.items():
+            alone = evaluate(one, model, rows, batch_size=4)
+            assert quality[name][role] == pytest.approx(alone, rel=1e-6)
 
 
 def with_row(place: int, **changes: Any) -> list[dict[str, Any]]:

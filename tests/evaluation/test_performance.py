@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance as measure
+from hf_distill.evaluation import speed
 
 # peft 0.21 asks for a property that transformers 5.23 has renamed.
 PEFT_LAGS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -72,24 +74,37 @@ def test_peak_memory_counts_what_is_held_together() -> None:
     assert held.now == 0
 
 
-def test_speed_of_fixed_lengths(
+def test_a_round_of_fixed_lengths(
     tiny_gpt2: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock that runs a second a look, rates are the token counts."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    asked = []
-    monkeypatch.setattr(measure, "_generate", lambda model, prompt, new: asked.append(new))
-    monkeypatch.setattr(measure, "peak_memory_mb", lambda model, tokens: float(tokens))
-    model = tiny_gpt2()
-    found = measure.speed(model, prompt_tokens=20, new_tokens=8, repeats=3, budget_s=1e9)
-    assert found["prefill_tokens_per_s"] == 20
-    assert found["peak_memory_mb"] == 28
-    assert asked == [2] + 3 * [1, 8]
-    assert measure.speed(model)["peak_memory_mb"] == 64  # cut to the model's positions
-    asked.clear()
-    measure.speed(model, repeats=50, budget_s=0)
-    assert len(asked) == 3  # a slow model is timed, but once
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    asked: list[int] = []
+    monkeypatch.setattr(speed, "generate", lambda model, prompt, new: asked.append(new))
+    work, tokens = speed.writing(tiny_gpt2(), prompt_tokens=20, new_tokens=8)
+    assert work()["prefill_tokens_per_s"] == 20
+    assert tokens == 28
+    assert asked == [2, 1, 8]
+    assert speed.writing(tiny_gpt2())[1] == 64  # cut to the model's positions
+
+
+def test_models_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    rates = {"slow": iter([1.0, 4.0, 2.0]), "fast": iter([8.0, 8.0, 8.0])}
+
+    def work(name: str) -> dict[str, float]:
+        called.append(name)
+        return {"rate": next(rates[name])}
+
+    works = {name: partial(work, name) for name in rates}
+    found = speed.in_turn(works, rounds=3)
+    assert called == ["slow", "fast"] * 3
+    assert found["slow"] == {"rate": 2.0, "rate_spread": (4 - 1) / 2}
+    assert found["fast"] == {"rate": 8.0, "rate_spread": 0.0}
+    # A slow machine measures once, and does not know the spread.
+    rates |= {name: iter([3.0, 3.0]) for name in rates}
+    assert speed.in_turn(works, budget_s=0)["slow"] == {"rate": 3.0}
 
 
 def test_decoding_counts_the_tokens_after_the_first(
@@ -101,10 +116,10 @@ def test_decoding_counts_the_tokens_after_the_first(
         nonlocal now
         now += 5 + 0.5 * new_tokens  # a prefill of 5 s, and two tokens a second
 
-    monkeypatch.setattr(measure, "_generate", generate)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure, "_prefill", lambda model, prompt: generate(model, prompt, -8))
-    found = measure.speed(tiny_gpt2(), prompt_tokens=32, new_tokens=16)
+    monkeypatch.setattr(speed, "generate", generate)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(speed, "_prefill", lambda model, prompt: generate(model, prompt, -8))
+    found = speed.writing(tiny_gpt2(), prompt_tokens=32, new_tokens=16)[0]()
     assert found["decode_tokens_per_s"] == pytest.approx(2)
     assert found["prefill_tokens_per_s"] == pytest.approx(32)
 
@@ -117,7 +132,7 @@ def test_speed_of_real_models(tiny_llama: Callable[..., Any], adapted: bool) -> 
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
     model.generation_config.eos_token_id = list(range(299))  # yet no early end
     before = torch.random.get_rng_state()
-    found = measure.speed(model, repeats=1)
+    found = measure.costs({"": model}, writes=True, rounds=1)[""]
     assert torch.equal(before, torch.random.get_rng_state())
     assert found.keys() == {"prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_mb"}
     assert 10 < found["decode_tokens_per_s"] < found["prefill_tokens_per_s"]

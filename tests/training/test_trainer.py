@@ -72,12 +72,17 @@ def test_gpt2_counts_predicted_positions_where_plain_trainer_counts_labels(tmp_p
 
 
 def test_evaluation_does_not_depend_on_batch_size_or_processes(tmp_path: Path) -> None:
-    found = {}
+    found: dict[Any, dict[str, float]] = {}
+    sets: dict[Any, dict[str, float]] = {}
     for size in (1, 4, 13):
         trainer = make_trainer(tmp_path, temperature=2.0, per_device_eval_batch_size=size)
         found[size] = _figures(trainer.evaluate())
+        rows = make_rows(13, seed=2)
+        sets[size] = _figures(trainer.evaluate({"many": rows, "few": rows[:2]}))
     launch("evaluate_worker.py", str(tmp_path / "two.json"))
-    found["two processes"] = _figures(json.loads((tmp_path / "two.json").read_text()))
+    two = _figures(json.loads((tmp_path / "two.json").read_text()))
+    sets["two processes"] = {name: two.pop(name) for name in sets[1]}
+    found["two processes"] = two
     assert found[1].keys() == {
         "eval_loss",
         "eval_ce",
@@ -87,6 +92,10 @@ def test_evaluation_does_not_depend_on_batch_size_or_processes(tmp_path: Path) -
     }
     for figures in found.values():
         assert figures == pytest.approx(found[1], rel=1e-5)
+    for figures in sets.values():
+        assert figures == pytest.approx(sets[1], rel=1e-5)
+        of_many = {name.replace("_many", ""): v for name, v in figures.items() if "_many" in name}
+        assert of_many == pytest.approx(found[1], rel=1e-5)
 
 
 def _figures(metrics: dict[str, float]) -> dict[str, float]:

@@ -16,13 +16,13 @@ from hf_distill.data.tokenize import glue
 from hf_distill.errors import InputError
 from hf_distill.recipes.schema import Recipe
 from hf_distill.recipes.stages.models import (
+    accelerator_of,
     rows_of,
     teacher_source,
     teacher_tokenizer_of,
     text_of,
     tokenizer_of,
 )
-from hf_distill.recipes.stages.recording import accelerator_of
 from hf_distill.recipes.stages.stage import Run, remove
 from hf_distill.recordings import annotate
 

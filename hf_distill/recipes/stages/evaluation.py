@@ -5,37 +5,44 @@ from __future__ import annotations
 import gc
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from hf_distill.data import collator
-from hf_distill.evaluation.evaluate import continuations, evaluate_student
+from hf_distill.evaluation import continuations, evaluate_models
+from hf_distill.evaluation.performance import MB, PeakMemory, size_mb
 from hf_distill.losses.divergences import parameters
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import made_whole, plain_accelerator
-from hf_distill.models.vocabulary import head_rows, shared_vocabulary
 from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.models import (
+    accelerator_of,
     rows_of,
     student_initial,
     teacher_source,
     teacher_tokenizer_of,
     tokenizer_of,
     trained,
+    unadapted_teacher,
 )
 from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recipes.stages.task_evaluation import TaskMeasure
-from hf_distill.reporting.comparison import compare, results_table
+from hf_distill.reporting.comparison import compare, nearer_sentence, results_table
+from hf_distill.reporting.formatting import ROLES
 from hf_distill.reporting.model_card import CardFacts, write_card
 from hf_distill.reporting.report import names, unequal, write_report
 from hf_distill.teachers import LiveTeacher, as_teacher
 from hf_distill.training.feature_settings import features_named
+
+Figures = dict[str, dict[str, float]]
 
 PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate")
 
@@ -54,67 +61,102 @@ def measure(run: Run, result: Path) -> None:
     if run.recipe.task != "causal-lm":
         _measure_task(run, teacher, result)
         return
-    section, tokenizer, rows = run.recipe.evaluate, tokenizer_of(run), rows_of(run, "eval")
-    most = min(
-        section.prompt_tokens, run.recipe.data.max_length // 2
-    )  # leaves positions for the continuation
-    prompts = [_prompt(rows[i], most) for i in _spread(rows, section.prompts)]
-    accelerator = plain_accelerator()
-    figures: dict[str, dict[str, float]] = {}
-    shown: list[dict[str, str]] = [{} for _ in prompts]
-    for role, model in _models(run, teacher):
-        run.log(f"  {role}")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        figures[role] = evaluate_student(
-            model,
+    section, tokenizer = run.recipe.evaluate, tokenizer_of(run)
+    sets = {split: rows_of(run, split) for split in run.recipe.data.eval_splits}
+    prompts = _prompts(run, sets)
+    shown: list[dict[str, Any]] = [dict(prompt.of_set) for prompt in prompts]
+    accelerator = accelerator_of(run)
+    figures: dict[str, Figures] = {split: {} for split in sets}
+    all_costs: Figures = {}
+    for roles in _together(run):
+        run.log(f"  {', '.join(roles)}")
+        models = {role: _model(run, role, teacher) for role in roles}
+        quality, costs = evaluate_models(
+            models,
             teacher,
-            rows,
+            sets,
             tokenizer,
             batch_size=section.batch_size,
             data_collator=collator(tokenizer),
-            shared_vocabulary=shared_vocabulary(
-                head_rows(base), teacher.rows, tokenizer, teacher.tokenizer
-            ),
             accelerator=accelerator,
             speed=section.speed,
         )
-        figures[role] |= _training_time(run, role)
-        shards = role == "teacher" and teacher.together  # run by all processes together
-        if role != "initial" and (run.state.is_main_process or shards):
-            texts = continuations(
-                {role: model}, prompts, tokenizer, max_new_tokens=section.max_new_tokens
-            )
-            shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
+        for split, found in quality.items():
+            figures[split] |= found
+        for role in roles:
+            all_costs[role] = costs[role] | _training_time(run, role)
+        for role, model in models.items():
+            shards = role == "teacher" and teacher.together  # run by all processes together
+            if role not in ("unadapted", "initial") and (run.state.is_main_process or shards):
+                texts = continuations(
+                    {role: model},
+                    [prompt.ids for prompt in prompts],
+                    tokenizer,
+                    max_new_tokens=section.max_new_tokens,
+                )
+                shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
+        del models
+        gc.collect()
         run.state.wait_for_everyone()
+    AcceleratorState._reset_state()  # a later training may have another precision
     if run.state.is_main_process:
-        _write(run, result, figures, {"continuations": shown})
+        _write(run, result, figures, all_costs, {"continuations": shown})
 
 
 def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
     """The same for other tasks than causal language modelling."""
-    measure = TaskMeasure(run, teacher, plain_accelerator())
-    figures: dict[str, dict[str, float]] = {}
-    for role, model in _models(run, teacher):
+    accelerator, splits = plain_accelerator(), run.recipe.data.eval_splits
+    measures = {split: TaskMeasure(run, teacher, accelerator, split=split) for split in splits}
+    figures: dict[str, Figures] = {split: {} for split in splits}
+    costs: Figures = {}
+    for role in _roles(run):
         run.log(f"  {role}")
-        figures[role] = measure(role, model) | _training_time(run, role)
+        model = _model(run, role, teacher)
+        for split, measure in measures.items():
+            figures[split][role] = measure(role, model)
+        costs[role] = _training_time(run, role)
+        del model
+        gc.collect()
     if run.state.is_main_process:
-        examples = measure.examples(run.recipe.evaluate.prompts)
-        _write(run, result, figures, {"task": run.recipe.task, "examples": examples})
+        examples = measures[splits[0]].examples(run.recipe.evaluate.prompts)
+        _write(run, result, figures, costs, {"task": run.recipe.task, "examples": examples})
 
 
 def _training_time(run: Run, role: str) -> dict[str, float]:
-    if role not in ("baseline", "student"):
+    adapted = role == "teacher" and run.recipe.teacher.adapt is not None
+    if role not in ("baseline", "student") and not adapted:
         return {}
     training = read_json(run.folder / role / "training_results.json")
     return {"train_seconds": training["train_seconds"]}
 
 
 def _write(
-    run: Run, result: Path, figures: dict[str, dict[str, float]], shown: dict[str, Any]
+    run: Run, result: Path, sets: dict[str, Figures], costs: Figures, shown: dict[str, Any]
 ) -> None:
-    comparison = compare(figures)
-    run.show(results_table(figures, comparison))
-    facts = {"comparison": comparison, **shown, **_circumstances(run)}
+    """Write `metrics.json`. The figures of the first set are the main ones, beside the costs.
+
+    sets: the quality of each role by split; costs: of each role, the same for all sets
+    """
+    main = next(iter(sets))
+    sets = {
+        split: {role: found[role] for role in ROLES if role in found}
+        for split, found in sets.items()
+    }
+    comparisons = {split: compare(figures) for split, figures in sets.items()}
+    figures = {role: found | costs[role] for role, found in sets[main].items()}
+    facts = {"comparison": comparisons[main], **shown, **_circumstances(run)}
+    if main == "eval":
+        run.show(results_table(figures, comparisons[main]))
+    else:
+        named = {split.removeprefix("eval/"): split for split in sets}
+        for name, split in named.items():
+            run.log(f"  {name}")
+            table = figures if split == main else sets[split]
+            run.show(results_table(table, comparisons[split]))
+        facts["sets"] = {
+            name: {**sets[split], "comparison": comparisons[split]} for name, split in named.items()
+        }
+        run.log(f"  {nearer_sentence(facts['sets'])}")
     result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
 
 
@@ -126,16 +168,63 @@ def write_report_and_card(run: Run, result: Path) -> None:
     run.log(f"  {run.folder / 'report.html'}")
 
 
-def _models(run: Run, teacher: LiveTeacher) -> Iterator[tuple[str, Any]]:
-    """Each model of the run, one at a time beside the teacher, so that memory holds two."""
-    yield "teacher", teacher.model
-    with made_whole():
-        initial = student_initial(run)
-    yield "initial", initial
-    del initial
-    for role in ("baseline", "student") if run.recipe.baseline else ("student",):
-        gc.collect()
-        yield role, trained(run, role)
+def _roles(run: Run) -> list[str]:
+    """The teacher first, since its own figures are those of the forward that the others share."""
+    unwanted = {"unadapted"} if run.recipe.teacher.adapt is None else set()
+    unwanted |= set() if run.recipe.baseline else {"baseline"}
+    roles = ("teacher", "unadapted", "initial", "baseline", "student")
+    return [role for role in roles if role not in unwanted]
+
+
+def _together(run: Run) -> list[list[str]]:
+    """The roles that are measured together: all of them, where they fit into half of the memory.
+
+    Otherwise one at a time, which runs the teacher again for each.
+    """
+    roles = _roles(run)
+
+    def fits() -> bool:
+        here = 1 if torch.cuda.is_available() else run.state.num_processes
+        of = dict.fromkeys(roles, "student_initial") | {"unadapted": "teacher"}
+        size = sum(size_mb(run.folder / of[role]) * MB for role in roles if role != "teacher")
+        return here * size < PeakMemory.available() / 2
+
+    return [roles] if run.from_main(fits) else [[role] for role in roles]
+
+
+def _model(run: Run, role: str, teacher: LiveTeacher) -> Any:
+    if role == "teacher":
+        return teacher.model
+    if role == "initial":
+        with made_whole():
+            return student_initial(run)
+    if role == "unadapted":
+        return unadapted_teacher(run)
+    return trained(run, role)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """ids: of a held-out row; of_set: the name of its set, where sets have names"""
+
+    ids: list[int]
+    of_set: dict[str, str]
+
+
+def _prompts(run: Run, sets: Mapping[str, Dataset]) -> list[_Prompt]:
+    """The beginnings of a few rows of each set."""
+    section = run.recipe.evaluate
+    most = min(
+        section.prompt_tokens, run.recipe.data.max_length // 2
+    )  # leaves positions for the continuation
+    return [
+        _Prompt(
+            _prompt(rows[row], most),
+            {} if split == "eval" else {"set": split.removeprefix("eval/")},
+        )
+        for split, rows in sets.items()
+        for row in _spread(rows, section.prompts)
+    ]
 
 
 def _prompt(row: dict[str, Any], most: int) -> list[int]:

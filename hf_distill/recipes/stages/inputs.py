@@ -91,12 +91,20 @@ def bf16_is_fast(*, cpu: bool) -> bool:
     return False
 
 
+def teacher_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets of its teacher's training, or of its adaptation."""
+    section = recipe.teacher.adapt or recipe.teacher.train or PretrainSection()
+    options = arguments(section) | {"alpha": 0.0}
+    options.pop("lora", None)
+    return options
+
+
 def check_arguments(recipe: Recipe) -> None:
     """InputError for a value in a train section, before anything is read or written."""
     sections = {"train": arguments(recipe.train)}
     if recipe.teacher.is_trained_here:
-        pretraining = arguments(recipe.teacher.train or PretrainSection())
-        sections["teacher.train"] = {**pretraining, "alpha": 0.0}
+        name = "teacher.train" if recipe.teacher.adapt is None else "teacher.adapt"
+        sections[name] = teacher_options(recipe)
     for name, options in sections.items():
         try:
             training_arguments(recipe, options, recipe.output_dir)
@@ -134,8 +142,8 @@ def check_sources(recipe: Recipe) -> None:
             _check_model(recipe, role, section.model, section.model_kwargs)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
-    for places in (recipe.data.train, recipe.data.eval, recipe.data.unlabelled):
-        if (name := hub_id([places] if isinstance(places, str) else places or [])) is not None:
+    for places in _places(recipe.data):
+        if (name := hub_id(places)) is not None:
             _check_reachable("dataset", "data set", name, recipe.data.revision)
 
 
@@ -230,9 +238,15 @@ def _first_line(error: Exception) -> str:
 
 def data_stamp(config: DataConfig) -> list[Any]:
     """Names, sizes and times of the local files that the rows come from."""
-    given = (config.train, config.eval, config.unlabelled)
-    places = [[p] if isinstance(p, str) else p for p in given if p]
+    places = _places(config)
     return [_stamps(find_files(group, config.exclude)) for group in places if hub_id(group) is None]
+
+
+def _places(config: DataConfig) -> list[list[str]]:
+    """The places of the training rows, of rows without labels, and of each evaluation set."""
+    given = [places for places in (config.train, config.unlabelled) if places]
+    listed = [[places] if isinstance(places, str) else places for places in given]
+    return [*listed, *config.eval_places.values()]
 
 
 def model_stamp(name: str | None) -> Any:

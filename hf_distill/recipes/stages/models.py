@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_distill.data import Labels, TaskCollator, check_max_length, collator, label_names
-from hf_distill.models.engines import made_whole
+from hf_distill.models.engines import made_whole, plain_accelerator
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_and_report
 from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import uses_influence
 from hf_distill.models.loading import load_model, load_tokenizer
 from hf_distill.models.student_report import StudentReport
-from hf_distill.recipes import Recipe
-from hf_distill.recipes.stages.inputs import revision_of
+from hf_distill.recipes import AdapterSection, Recipe, arguments
+from hf_distill.recipes.stages.inputs import revision_of, training_arguments
 from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recordings.recorder import load_recording
 
@@ -55,13 +56,19 @@ def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     return TaskCollator(recipe.task, tokenizer, probability=recipe.data.mask_probability)
 
 
+def accelerator_of(run: Run) -> Accelerator:
+    """An accelerator with the mixed precision of the trainings."""
+    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
+    return plain_accelerator("bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+
+
 def rows_of(run: Run, split: str) -> Dataset:
-    """The tokenized rows of "train" or "eval"."""
+    """The tokenized rows of "train" or of one of the recipe's `data.eval_splits`."""
     return load_from_disk(str(run.folder / "data" / split))
 
 
 def text_of(run: Run, split: str) -> Dataset:
-    """The rows of "train" or "eval" as text, of tasks other than causal language modelling."""
+    """The same rows as text, of tasks other than causal language modelling."""
     return load_from_disk(str(run.folder / "data" / "text" / split))
 
 
@@ -113,9 +120,16 @@ def rows_of_baseline(run: Run, split: str) -> Dataset:
 def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
     """Path and keywords of the recipe's teacher, or of the one that this run has trained."""
     section = run.recipe.teacher
+    if section.adapt is not None:
+        return str(run.folder / "teacher"), _kept(section.model_kwargs)
     if section.model is None or section.is_trained_here:
         return str(run.folder / "teacher"), {}
     return section.model, section.model_kwargs
+
+
+def _kept(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that a checkpoint of this run is loaded with like the one that it is made of."""
+    return {k: v for k, v in model_kwargs.items() if k in ("dtype", "attn_implementation")}
 
 
 def teaches_itself(recipe: Recipe) -> bool:
@@ -170,9 +184,8 @@ def make_student(run: Run, result: Path) -> None:
 
 def student_initial(run: Run) -> PreTrainedModel:
     """What `make_student` saved, in float32 unless the recipe says otherwise."""
-    kwargs = run.recipe.student.model_kwargs
-    kept = {k: v for k, v in kwargs.items() if k in ("dtype", "attn_implementation")}
-    return load_model(run.folder / "student_initial", "student", **({"dtype": "float32"} | kept))
+    kept = {"dtype": "float32"} | _kept(run.recipe.student.model_kwargs)
+    return load_model(run.folder / "student_initial", "student", **kept)
 
 
 def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
@@ -220,18 +233,47 @@ def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     original = None if "gguf_file" in section.model_kwargs else section.model
     name = original or model.name_or_path
     model.name_or_path = str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    return _adapted(model, lora, recipe, revision_of(section))
+
+
+def _adapted(
+    model: PreTrainedModel, lora: AdapterSection, recipe: Recipe, revision: str | None = None
+) -> PeftModel:
     options: dict[str, Any] = lora.model_dump(exclude={"alpha", "dropout", "merge"})
     options |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     set_seed(recipe.seed)
     config = LoraConfig(task_type=PEFT_TASKS.get(recipe.task), **options)
-    adapted: Any = get_peft_model(model, config, revision=revision_of(section))
+    adapted: Any = get_peft_model(model, config, revision=revision)
     return adapted
 
 
-def merged(run: Run, folder: Path) -> PreTrainedModel:
-    """The student with the adapter of a folder merged into its weights."""
+def unadapted_teacher(run: Run, **kwargs: Any) -> PreTrainedModel:
+    """The teacher before `teacher.adapt`. kwargs: above those of the recipe"""
+    section = run.recipe.teacher
+    assert section.model is not None  # the recipe is refused without one
     with made_whole():
-        return PeftModel.from_pretrained(student_initial(run), folder).merge_and_unload()
+        return load_model(section.model, "teacher", **{**section.model_kwargs, **kwargs})
+
+
+def teacher_to_train(run: Run) -> PreTrainedModel | PeftModel:
+    """The teacher's config or model before its training; in float32 where it is adapted."""
+    section = run.recipe.teacher
+    if section.config is not None:
+        return new_model(run, section.config)
+    if section.adapt is None:
+        return pretrained(run, "teacher")
+    model = unadapted_teacher(run, dtype="float32")
+    lora = section.adapt.lora
+    return model if lora is None else _adapted(model, lora, run.recipe)
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> None:
+    """Replace the adapter in a folder by the base with the adapter merged into its weights."""
+    with made_whole():
+        model = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    model.save_pretrained(folder)
 
 
 def trained(run: Run, role: str) -> PreTrainedModel | PeftModel:

@@ -29,7 +29,7 @@ TEXTS = ("text", "pair", "tokens", "question", "context", "source", "target")
 
 
 def prepare_data(run: Run, result: Path) -> None:
-    """`data/`: train/ and eval/ (Arrow), tokenizer/, preparation.json; text/ for later stages."""
+    """`data/`: train/, eval/ or eval/NAME/ (Arrow), text/, tokenizer/, preparation.json."""
     recipe = run.recipe
     check_sources(recipe)
     arrow = result.parent / "arrow"
@@ -63,12 +63,12 @@ def prepare_data(run: Run, result: Path) -> None:
         )
         for line in lines:
             run.log(f"  {line}")
-        for split in ("train", "eval"):
-            found.rows[split].save_to_disk(result / "text" / split)
+        for split, of_split in found.rows.items():
+            of_split.save_to_disk(result / "text" / split)
         if found.labels is not None:
             (result / LABELS).write_text(json.dumps(asdict(found.labels)), encoding="utf-8")
-    for split in tokens:
-        tokens[split].save_to_disk(result / split)
+    for split, of_split in tokens.items():
+        of_split.save_to_disk(result / split)
     tokenizer.save_pretrained(result / "tokenizer")
     (result / "preparation.json").write_text(table.to_json())
     run.show(table.render())

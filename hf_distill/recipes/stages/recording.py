@@ -6,16 +6,14 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import MB
-from hf_distill.models.engines import plain_accelerator
 from hf_distill.recipes import Recipe, arguments
-from hf_distill.recipes.stages.inputs import training_arguments
 from hf_distill.recipes.stages.models import (
+    accelerator_of,
     collator_of,
     rows_to_learn,
     teacher_source,
@@ -26,6 +24,7 @@ from hf_distill.recordings.recorder import Estimate, estimate, load_recording, r
 from hf_distill.recordings.writer import RecordingSettings
 from hf_distill.teachers import Teacher, as_teacher
 
+# The folders of a recording. Several evaluation sets are folders in the second.
 SPLITS = ("train", "eval")
 
 
@@ -44,7 +43,7 @@ def record_teacher(run: Run, result: Path) -> None:
     tokenizer, accelerator = tokenizer_of(run), accelerator_of(run)
     teacher = _teacher(run)
     settings = vars(settings_of(run.recipe))
-    for split in SPLITS:
+    for split in ("train", *run.recipe.data.eval_splits):
         # Beside the result, which is emptied when an interrupted stage goes on.
         record(
             _rows(run, split),
@@ -60,7 +59,7 @@ def record_teacher(run: Run, result: Path) -> None:
     run.state.wait_for_everyone()  # the others may still be opening what is moved away here
     run.from_main(lambda: _move(result))
     recorded = load_recording(result / "train")
-    size = sum(path.stat().st_size for path in result.glob("*/*.arrow"))
+    size = sum(path.stat().st_size for path in result.rglob("*.arrow"))
     run.log(f"  {len(recorded):,} rows, {size / MB:,.0f} MB on disk, tokens included")
     accelerator.free_memory()
     del teacher
@@ -109,13 +108,6 @@ def _teacher(run: Run) -> Teacher:
     )
     assert teacher is not None  # there is a name
     return teacher
-
-
-def accelerator_of(run: Run) -> Accelerator:
-    """An accelerator with the mixed precision of the trainings."""
-    args = training_arguments(run.recipe, arguments(run.recipe.train), run.folder)
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    return plain_accelerator(precision)
 
 
 def _move(result: Path) -> Any:

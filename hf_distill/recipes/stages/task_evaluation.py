@@ -21,12 +21,13 @@ class TaskMeasure:
     run: Run
     teacher: LiveTeacher
     accelerator: Accelerator
+    split: str = "eval"
     measured: dict[str, Evaluation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._tokenizer = tokenizer_of(self.run)
-        self._rows = rows_of(self.run, "eval")
-        self._texts = text_of(self.run, "eval")
+        self._rows = rows_of(self.run, self.split)
+        self._texts = text_of(self.run, self.split)
 
     def __call__(self, role: str, model: Any) -> dict[str, float]:
         """The figures of a model, the same on every process."""

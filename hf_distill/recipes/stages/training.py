@@ -17,21 +17,22 @@ from transformers.trainer_callback import ExportableState
 
 from hf_distill.data import require_rows
 from hf_distill.evaluation.performance import MB, PeakMemory
-from hf_distill.recipes import PretrainSection, arguments
-from hf_distill.recipes.stages.inputs import training_arguments
+from hf_distill.recipes import arguments
+from hf_distill.recipes.stages.inputs import teacher_options, training_arguments
 from hf_distill.recipes.stages.models import (
     collator_of,
-    merged,
-    new_model,
-    pretrained,
+    merge_adapter,
     rows_of,
     rows_of_baseline,
     rows_to_train,
+    student_initial,
     student_to_train,
     teacher_source,
+    teacher_to_train,
     teacher_tokenizer_of,
     teaches_itself,
     tokenizer_of,
+    unadapted_teacher,
 )
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.reporting.formatting import compact
@@ -44,15 +45,9 @@ DIVERGENCE = ("divergence", "temperature", "beta", "skew")
 
 def train_teacher(run: Run, result: Path) -> None:
     """`teacher/`: the teacher's config or model, trained on the rows with cross-entropy only."""
-    section = run.recipe.teacher
-    options = arguments(section.train or PretrainSection()) | {"alpha": 0.0}
-
-    def make(run: Run) -> Any:
-        if section.config is None:
-            return pretrained(run, "teacher")
-        return new_model(run, section.config)
-
-    _train(run, result, make, None, options)
+    _train(run, result, teacher_to_train, None, teacher_options(run.recipe))
+    if (result / "adapter_config.json").exists():
+        run.from_main(lambda: merge_adapter(unadapted_teacher(run, dtype="float32"), result))
 
 
 def train_baseline(run: Run, result: Path) -> None:
@@ -78,7 +73,7 @@ def _train_student(
     _train(run, result, student_to_train, teacher, options, rows_from=rows_from)
     lora = run.recipe.student.lora
     if lora is not None and lora.merge:
-        run.from_main(lambda: _merge(run, result))
+        run.from_main(lambda: merge_adapter(student_initial(run), result))
 
 
 def _train(
@@ -105,7 +100,7 @@ def _train(
         args,
         teacher_tokenizer=teacher_tokenizer_of(run) if teacher is not None else None,
         train_dataset=rows,
-        eval_dataset=rows_from(run, "eval"),
+        eval_dataset=_evaluation_rows(run, rows_from),
         processing_class=tokenizer,
         data_collator=collator_of(recipe, tokenizer),
         callbacks=[clock],
@@ -143,12 +138,14 @@ def _train(
     AcceleratorState._reset_state()
 
 
-def _merge(run: Run, result: Path) -> None:
-    """Replace the adapter in a folder by the merged model."""
-    model = merged(run, result)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (result / name).unlink()
-    model.save_pretrained(result)
+def _evaluation_rows(
+    run: Run, rows_from: Callable[[Run, str], Dataset]
+) -> Dataset | dict[str, Dataset]:
+    """The evaluation rows; a dictionary, as Trainer takes it, where they are sets with names."""
+    splits = run.recipe.data.eval_splits
+    if splits == ("eval",):
+        return rows_from(run, "eval")
+    return {split.removeprefix("eval/"): rows_from(run, split) for split in splits}
 
 
 class Bar(ProgressCallback):

@@ -1,0 +1,60 @@
+"""Greedy continuations of the same prompts by several models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.errors import InputError
+from hf_distill.evaluation.evaluate import as_they_were
+from hf_distill.models.from_scratch import max_positions
+
+
+@torch.no_grad()
+def continuations(
+    models: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int = 48,
+) -> list[dict[str, str]]:
+    """Greedy continuations of the same prompts by several models, side by side.
+
+    models: by the name that their text gets; prompts: token ids
+    max_new_tokens: fewer where a model has no position left for them
+    returns: for each prompt, `prompt` and each model's continuation of it, as text
+    raises: InputError for a prompt that leaves a model no position at all
+    """
+    table = []
+    with as_they_were(*models.values()):
+        for prompt in prompts:
+            ids = {"prompt": list(prompt)}
+            for name, model in models.items():
+                ids[name] = _continue(model.eval(), name, ids["prompt"], max_new_tokens)
+            texts = (str(tokenizer.decode(i, skip_special_tokens=True)) for i in ids.values())
+            table.append(dict(zip(ids, texts, strict=True)))
+    return table
+
+
+def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> list[int]:
+    limit = max_positions(model.config)
+    if limit is not None and limit <= len(prompt):
+        raise InputError(
+            f"a prompt has {len(prompt)} tokens, but the {name} has only {limit} positions: "
+            "cut the prompts shorter"
+        )
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    ids = torch.tensor([prompt], device=model.device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        synced_gpus=False,  # what runs here is whole, or run by all processes alike
+        num_beams=1,
+        max_new_tokens=room,
+        pad_token_id=0,  # never needed in a batch of one; saves a warning
+    )
+    return written[0, len(prompt) :].tolist()
