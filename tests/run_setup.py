@@ -7,6 +7,8 @@ import gc
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -99,3 +101,21 @@ def quality(folder: Path) -> dict[str, dict[str, float]]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def launch(
+    recipe: Path, config: str, *overrides: str, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`recipes/distill.py` under `accelerate launch`, in the folder of the recipe."""
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(ROOT / "recipes" / "accelerate" / config)]
+    words += ["--main_process_port", "0", str(ROOT / "recipes" / "distill.py"), str(recipe)]
+    words += [word for override in overrides for word in ("--set", override)]
+    return subprocess.run(
+        words,
+        cwd=cwd or recipe.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )

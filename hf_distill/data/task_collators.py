@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import xxhash
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -29,6 +31,7 @@ from hf_distill.tasks.question_answering import ANSWER_MASK
 
 VERSION = 1  # part of every cache key: raise it when the same settings would mask other tokens
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SPECIAL = "special_tokens_mask"
 MASKING_PROBABILITY = 0.15
 
 Rows = Sequence[Mapping[str, Any]]
@@ -40,7 +43,8 @@ class TaskCollator:
     task: the `key` of a task other than causal language modelling
     tokenizer: its padding token is used, or its end-of-text token if it has none
     probability, seed: of the masks for rows of masked language modelling that have no `labels`,
-        which are masked otherwise at each call; see `masking_collator`
+        which are masked otherwise at each call; see `masking_collator`. After `set_epoch` they
+        depend on seed, epoch and the row's ids only
     Columns that the task does not know are left out.
     raises: InputError for rows without what the task needs
     """
@@ -56,7 +60,9 @@ class TaskCollator:
         tokenizer = _padding_right(tokenizer)
         self._masked = task == MaskedLM.key
         self._tokenizer, self._probability, self._seed = tokenizer, probability, seed
-        self._masks: Callable[[Any], Any] | None = None  # made when rows without labels come
+        self._masks: DataCollatorForLanguageModeling | None = None  # made for rows without labels
+        # In shared memory, so that workers that live for several epochs see it change.
+        self._epoch = torch.tensor([-1, 0]).share_memory_() if self._masked else None
         self._labels: tuple[str, ...] = ("labels",)
         if task == Seq2SeqLM.key:
             self._pad: Callable[[Any], Any] = DataCollatorForSeq2Seq(tokenizer)
@@ -79,12 +85,36 @@ class TaskCollator:
             batch[ANSWER_MASK] = _answer_mask(allowed, batch["attention_mask"])
         return batch
 
+    def set_epoch(self, epoch: int, seed: int = 0) -> None:
+        """Mask each row from now on by a choice of its own for this epoch.
+
+        It is the same whenever the batch is made: by workers, ahead of the steps, after a resume.
+        seed: used where the collator was given none
+        """
+        if self._epoch is not None:
+            self._epoch.copy_(torch.tensor([epoch, seed if self._seed is None else self._seed]))
+
     def _mask(self, rows: Rows) -> dict[str, Tensor]:
         if self._masks is None:
             self._masks = masking_collator(
                 self._tokenizer, probability=self._probability, seed=self._seed
             )
-        return dict(self._masks([_only(row, (*INPUTS, "special_tokens_mask")) for row in rows]))
+        if self._epoch is None or self._epoch[0] < 0:
+            return dict(self._masks([_only(row, (*INPUTS, SPECIAL)) for row in rows]))
+        choice = str(self._epoch.tolist()).encode()
+        return dict(self._pad([self._masked_row(self._masks, row, choice) for row in rows]))
+
+    def _masked_row(
+        self, masks: DataCollatorForLanguageModeling, row: Mapping[str, Any], choice: bytes
+    ) -> dict[str, Any]:
+        ids, special = (row.get(name) for name in ("input_ids", SPECIAL))
+        ids = torch.as_tensor(ids, dtype=torch.long)
+        key = xxhash.xxh3_64_intdigest(choice + ids.numpy().tobytes())
+        masks.generator = torch.Generator().manual_seed(key >> 1)
+        special = None if special is None else torch.as_tensor(special)[None]
+        masked, labels = masks.torch_mask_tokens(ids[None], special)
+        found = {"input_ids": masked[0].tolist(), "labels": labels[0].tolist()}
+        return _only(row, INPUTS) | found
 
 
 def mask_rows(
@@ -127,7 +157,7 @@ def _mask_row(
     version: int,
 ) -> dict[str, Any]:
     mask = masking_collator(tokenizer, probability=probability, seed=seed + index)
-    found = mask([_only(row, ("input_ids", "special_tokens_mask"))])
+    found = mask([_only(row, ("input_ids", SPECIAL))])
     return {name: found[name][0].tolist() for name in ("input_ids", "labels")}
 
 

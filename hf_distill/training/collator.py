@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from hf_distill.data import TaskCollator
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.vocabulary import known_ids
@@ -112,6 +113,17 @@ class CheckingCollator:
         self._said.add(message)
 
 
+class EpochOfMasks(TrainerCallback):
+    """Tells a collator the epoch, on which the masks of masked language modelling depend."""
+
+    def __init__(self, collator: TaskCollator) -> None:
+        self._collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the first batch of the epoch is made, or the first one after a resume."""
+        self._collator.set_epoch(int(state.epoch + 1e-6), args.seed)
+
+
 def checking_collator(
     trainer: Any, loss: DistillationLoss, recorded: Header | None
 ) -> CheckingCollator:
@@ -121,6 +133,8 @@ def checking_collator(
     """
     student, teacher = loss.student, loss.teacher
     tokenizer, collator = trainer.processing_class, trainer.data_collator
+    if isinstance(collator, TaskCollator):
+        trainer.add_callback(EpochOfMasks(collator))
     if recorded is not None:
         known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         expected = replace(recorded, tokenizer=tokenizer_hash(known))

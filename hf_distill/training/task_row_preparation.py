@@ -123,8 +123,7 @@ class TaskRowPreparation(RowPreparation):
             self._task.key,
             self.tokenizer,
             probability=self.args.mlm_probability,
-            # Each process masks other rows, and by other random numbers.
-            seed=self.args.seed + self.args.process_index,
+            seed=self.args.seed,
         )
 
     def _check_packing(self, name: str) -> None:

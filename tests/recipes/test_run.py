@@ -16,7 +16,18 @@ import torch
 from gguf_setup import FILE, TEMPLATE, write_gguf
 from hub_server import USER, HubServer
 from peft import AutoPeftModelForCausalLM
-from run_setup import ROLES, ROOT, environment, invoke, metrics, quality, run, start, write_recipe
+from run_setup import (
+    ROLES,
+    ROOT,
+    environment,
+    invoke,
+    launch,
+    metrics,
+    quality,
+    run,
+    start,
+    write_recipe,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_distill.recipes import load_recipe
@@ -271,16 +282,6 @@ def _wait_for(path: Path, process: BaseProcess) -> None:
 
 
 # ---- Several processes ----
-
-
-def launch(recipe: Path, config: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
-    words += ["--config_file", str(ROOT / "recipes" / "accelerate" / config)]
-    words += ["--main_process_port", "0", str(ROOT / "recipes" / "distill.py"), str(recipe)]
-    words += [word for override in overrides for word in ("--set", override)]
-    return subprocess.run(
-        words, cwd=recipe.parent, env=environment(), capture_output=True, text=True, timeout=400
-    )
 
 
 def test_two_processes_share_a_global_batch(recipe: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
-from run_setup import ROOT, invoke, metrics
+from peft import AutoPeftModelForSequenceClassification
+from run_setup import ROOT, invoke, launch, metrics
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -199,6 +200,63 @@ def test_an_encoder_is_fine_tuned_and_its_figures_are_those_of_the_saved_models(
             said = int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
             right += said == row["label"]
         assert found[role]["accuracy"] == pytest.approx(right / len(held))
+
+
+# ---- Adapters, several processes ----
+
+
+@pytest.mark.slow
+def test_an_adapter_classifies(tmp_path: Path) -> None:
+    """The head is trained beside the adapters, saved with them, and found again."""
+    lora = {"student__lora": "{r: 4}", "train__learning_rate": 0.03, "train__max_steps": 60}
+    done = run(tmp_path, "classification", train__alpha=0.3, **lora)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "classification"
+    found = metrics(folder)
+    card = (folder / "student" / "README.md").read_text()
+    assert "from peft import AutoPeftModelForSequenceClassification" in card
+    assert not (folder / "student" / "model.safetensors").exists()
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "student", num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    held = load_from_disk(str(folder / "data" / "text" / "eval"))
+    with torch.no_grad():
+        said = [
+            int(model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())
+            for row in held
+        ]
+    accuracy = sum(a == b for a, b in zip(said, held["label"], strict=True)) / len(held)
+    assert found["student"]["accuracy"] == pytest.approx(accuracy)
+    assert found["student"]["ce"] < found["initial"]["ce"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["question_answering", "summarization"])
+def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
+    """With windows and written texts gathered from both, and targets that both let write."""
+    exact = {"train__bf16": "false", "evaluate__batch_size": 3}
+    config, train = "", f"max_steps: 3, bf16: false, global_batch_size: 8, {QUIET}"
+    if name == "summarization":
+        exact |= {"data__max_target_length": 8, "student__layers": "{decoder: [1]}"}
+        exact |= {"annotate__shard_rows": 4, "train__alpha": 0.5}
+        config = f"{T5}, num_decoder_layers: 2, dropout_rate: 0.0"
+    else:
+        exact |= {"data__stride": 4}
+        config = f"{BERT}, num_hidden_layers: 2, hidden_dropout_prob: 0.0"
+        config += ", attention_probs_dropout_prob: 0.0"
+    exact["teacher"] = f"{{config: {{{config}}}, train: {{{train}}}}}"
+    done = run(tmp_path, name, name="one", **exact)
+    assert done.exit_code == 0, done.output
+    words = options(tmp_path, name, name="two", **exact)
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    launched = launch(recipe, "cpu2.yaml", *words[1::2], cwd=tmp_path)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    one, two = (metrics(tmp_path / "runs" / folder) for folder in ("one", "two"))
+    assert two["machine"]["processes"] == 2
+    for role in ("teacher", "initial", "baseline", "student"):
+        for key in set(one[role]) - {"train_seconds"}:
+            assert two[role][key] == pytest.approx(one[role][key], rel=2e-3, abs=1e-3), (role, key)
+    assert two["examples"] == one["examples"]
 
 
 # ---- Rows without labels ----

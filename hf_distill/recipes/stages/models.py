@@ -53,7 +53,9 @@ def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The collator for the rows that a recipe prepares."""
     if recipe.task == "causal-lm":
         return collator(tokenizer)
-    return TaskCollator(recipe.task, tokenizer, probability=recipe.data.mask_probability)
+    return TaskCollator(
+        recipe.task, tokenizer, probability=recipe.data.mask_probability, seed=recipe.seed
+    )
 
 
 def accelerator_of(run: Run) -> Accelerator:
