@@ -383,6 +383,17 @@ class StudentSection(Section):
         return _one_of(self, "model", "config", "layers", at_least=0 if self.widths else 1)
 
 
+class HarnessSection(Section):
+    """Benchmarks of lm-evaluation-harness (the extra `eval`)."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of its tasks or groups, or of those in `include_path`."""
+    include_path: str | None = None
+    """A folder with YAML files of further tasks."""
+    limit: int | None = Field(default=None, ge=1)
+    """Rows of each task, the first ones; by default all."""
+
+
 class EvaluateSection(Section):
     """What is measured at the end."""
 
@@ -398,6 +409,8 @@ class EvaluateSection(Section):
     """Tokens of a continuation."""
     num_beams: int = Field(default=1, ge=1)
     """Beams with which an encoder-decoder writes."""
+    harness: HarnessSection | None = None
+    """Also run benchmarks of lm-evaluation-harness, for teacher, baseline and student."""
 
 
 class PublishSection(Section):
@@ -523,6 +536,15 @@ class Recipe(Section):
             raise ValueError(
                 "has data.unlabelled and train.alpha 0, but rows without labels are learnt from "
                 "the teacher alone: raise train.alpha"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _harness_fits_the_task(self) -> Recipe:
+        if self.evaluate.harness is not None and self.task != "causal-lm":
+            raise ValueError(
+                f"has 'evaluate.harness' for the task {self.task}, but its benchmarks are for "
+                "causal-lm: leave it out"
             )
         return self
 

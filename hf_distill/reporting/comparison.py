@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hf_distill.errors import InputError
-from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, measured, unsteady_note
+from hf_distill.reporting.formatting import (
+    BY_KEY,
+    ROLES,
+    Figure,
+    figures_of,
+    measured,
+    unsteady_note,
+)
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -89,6 +97,53 @@ def nearer_sentence(sets: Mapping[str, Results]) -> str:
         return f"{start} on none of the sets: {', '.join(others)}."
     but = f"; it is not on {', '.join(others)}" if others else ""
     return f"{start} on {', '.join(nearer)}{but}."
+
+
+def by_task(
+    scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]],
+) -> dict[str, dict[str, dict[str, Mapping[str, float]]]]:
+    """Scores of benchmarks by task, metric and model, of scores by model, task and metric."""
+    found: dict[str, dict[str, dict[str, Mapping[str, float]]]] = {}
+    for role, of_model in scores.items():
+        for task, metrics in of_model.items():
+            for metric, score in metrics.items():
+                found.setdefault(task, {}).setdefault(metric, {})[role] = score
+    return found
+
+
+def benchmark_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a table of benchmarks: `task`, `metric` and the text of each model's score.
+
+    metrics: as `metrics.json` holds them; no rows where there is no `harness` in them
+    """
+    rows = []
+    for task, of_task in ((metrics.get("harness") or {}).get("tasks") or {}).items():
+        for metric, scores in of_task.items():
+            cells = {role: _score(scores[role]) for role in ROLES if role in scores}
+            rows.append({"task": task, "metric": metric, "cells": cells})
+    return rows
+
+
+def _score(score: Mapping[str, float]) -> str:
+    value, error = (measured(score, key) for key in ("value", "stderr"))
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def benchmark_table(metrics: Mapping[str, Any]) -> Table:
+    """The same as a terminal table."""
+    rows = benchmark_rows(metrics)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("benchmark", "metric"):
+        table.add_column(name)
+    roles = list(dict.fromkeys(role for row in rows for role in row["cells"]))
+    for role in roles:
+        table.add_column(role, justify="right", no_wrap=True)
+    for row in rows:
+        cells = (row["cells"].get(role, "–") for role in roles)
+        table.add_row(row["task"], row["metric"], *cells)
+    return table
 
 
 def results_table(

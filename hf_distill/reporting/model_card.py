@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_distill.models.heads import HEADS
-from hf_distill.reporting.comparison import nearer_sentence
+from hf_distill.reporting.comparison import benchmark_rows, nearer_sentence
 from hf_distill.reporting.formatting import BY_KEY, ROLES, figures_of, measured, unsteady_note
 
 TAGS = ("distillation", "hf-distill")
@@ -125,6 +125,10 @@ def render_card(facts: CardFacts) -> str:
         unequal=facts.unequal,
         tables=[(name, table, figures_of(table)) for name, table in tables.items() if table],
         nearer=nearer_sentence(sets),
+        benchmarks=[
+            {**row, **{name: _one_line(row[name]) for name in ("task", "metric")}}
+            for row in benchmark_rows(metrics)
+        ],
         unsteady=unsteady_note(models),
         measured=measured,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from hf_distill.data import Step
 from hf_distill.errors import InputError
 from hf_distill.reporting import plots
-from hf_distill.reporting.comparison import nearer_sentence
+from hf_distill.reporting.comparison import benchmark_rows, nearer_sentence
 from hf_distill.reporting.files import (
     history_of_set,
     read_json,
@@ -77,6 +77,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "models": models,
         "tiles": list(_tiles(models)),
         "tables": _tables(metrics, models),
+        "benchmarks": benchmark_rows(metrics),
         "unsteady": unsteady_note(models),
         "nearer": nearer_sentence(metrics.get("sets") or {}),
         "curves": _curves(run_dir, models, list(metrics.get("sets") or {})),

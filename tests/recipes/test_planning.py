@@ -181,3 +181,16 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     done = invoke("plan", recipe, "--memory", "80 apples")
     assert done.exit_code == 2
     assert done.stderr.startswith("error: memory is '80 apples'")
+
+
+def test_a_plan_tells_of_steps_that_differ() -> None:
+    ways = {HOW["one device"]: parts(MEASURES, HOW["one device"], 1, cpu=False)}
+
+    def told(spread: float) -> str:
+        measures = replace(MEASURES, spread=spread)
+        settings = {"steps": 10, "rows": None, "baseline": False, "length": 8}
+        plan = Plan(measures, 1, 80e9, ways, bytes_per_target=1.0, **settings)
+        return "\n".join(plan.lines("a.yaml"))
+
+    assert "the trial's steps differ by up to 21% of their median" in told(0.21)
+    assert "steps differ" not in told(0.2)

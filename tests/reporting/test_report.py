@@ -12,10 +12,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from example_run import METRICS, log_history, make_run
+from example_run import METRICS, MODELS, log_history, make_run
 
 from hf_distill.errors import InputError
 from hf_distill.reporting import plots
+from hf_distill.reporting.files import history_of_set
 from hf_distill.reporting.formatting import compact, number
 from hf_distill.reporting.report import change_in_words, headline, write_report
 
@@ -366,3 +367,57 @@ def test_a_change_is_told_in_words() -> None:
     assert change_in_words(1.02, 1) == "2.0% higher"
     assert change_in_words(1.0001, 1) == ""
     assert change_in_words(1, 0) == ""
+
+
+def test_several_sets_have_their_tables_curves_and_verdict(run: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        worse = {**MODELS["student"], "kl_to_teacher": 0.9, "perplexity": 7654.0}
+        roles = ("teacher", "initial", "baseline", "student")
+        metrics["sets"] = {
+            "novels": {role: metrics[role] for role in roles},
+            "news": {**{role: metrics[role] for role in roles}, "student": worse},
+        }
+
+    for role in ("baseline", "student"):
+        path = run / role / "log_history.json"
+        entries = [
+            {key.replace("eval_", "eval_news_"): value for key, value in entry.items()}
+            for entry in json.loads(path.read_text())
+        ]
+        path.write_text(json.dumps(entries))
+    html = with_metrics(run, edit)
+    assert "nearer to its teacher than the baseline on novels (KL 0.2187, baseline 0.4812)" in html
+    assert "it is not on news (KL 0.9000, baseline 0.4812)" in html
+    assert html.index("<h3>novels</h3>") < html.index("<h3>news</h3>") < html.index("7,654")
+    assert "Cross-entropy (nats per target), news" in html
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_log_of_one_of_several_sets() -> None:
+    entry = {"step": 5, "eval_a_ce": 1.0, "eval_a_b_ce": 2.0, "loss": 3.0}
+    names = ["a", "a_b"]
+    assert history_of_set([entry], "a", names) == [{"step": 5, "eval_ce": 1.0, "loss": 3.0}]
+    assert history_of_set([entry], "a_b", names) == [{"step": 5, "eval_ce": 2.0, "loss": 3.0}]
+
+
+def test_a_speed_whose_rounds_differ_is_marked(run: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["student"]["decode_tokens_per_s_spread"] = 0.43
+        metrics["baseline"]["decode_tokens_per_s_spread"] = 0.19
+
+    html = with_metrics(run, edit)
+    assert "~455.8" in html
+    assert html.count("~455.8") == 1
+    assert "differ by up to 43% of their median" in html
+    assert "_spread" not in html
+
+
+def test_benchmarks_with_standard_errors(run: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        scores = {"teacher": {"value": 0.5, "stderr": 0.021}, "student": {"value": 0.25}}
+        metrics["harness"] = {"version": "1", "tasks": {HOSTILE: {"acc": scores}}}
+
+    html = with_metrics(run, edit)
+    assert "<td>0.500 ± 0.021</td><td>0.250</td>" in html
+    assert HOSTILE not in html

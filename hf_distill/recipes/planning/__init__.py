@@ -24,6 +24,7 @@ from hf_distill.recipes.planning.arithmetic import PARTS, Configuration, Measure
 from hf_distill.recipes.planning.trial import measures_of
 from hf_distill.recipes.stages.models import teaches_itself
 from hf_distill.recordings import TopK, codec
+from hf_distill.reporting.formatting import LARGEST_SPREAD
 
 __all__ = ["Plan", "make_plan", "memory_bytes"]
 
@@ -112,6 +113,12 @@ class Plan:
             f"tokens on this machine, {self.tokens_per_second:,.0f} tokens/s on {self.devices} "
             "such devices, if none waits for another"
         ]
+        if self.measures.spread > LARGEST_SPREAD:
+            found.append(
+                f"the trial's steps differ by up to {self.measures.spread:.0%} of their median: "
+                "probably something else was running, so that speed and time may be far off; "
+                "plan again"
+            )
         if self.hours is None:
             found.append(
                 "time: not known before the rows are prepared: `hf-distill run` begins with it; or "

@@ -23,6 +23,7 @@ class Measures:
     teacher, teacher_ends, teacher_layer: all of its weights; those outside its layers; one layer
     activations: all else that is held at the peak; head: the chunk of logits that it is made in
     seconds, tokens: of the micro-batch; accumulation: micro-batches of a step on each device
+    spread: of the seconds of the trial's steps, (largest - smallest) / median
     """
 
     libraries: float
@@ -40,6 +41,7 @@ class Measures:
     seconds: float
     tokens: int
     accumulation: int
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_distill.errors import InputError, silence_libraries
 from hf_distill.evaluation.performance import PeakMemory
+from hf_distill.evaluation.speed import spread_of
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
 from hf_distill.models.heads import which_files
@@ -49,7 +50,7 @@ from hf_distill.recipes.stages.models import teaches_itself, with_adapters
 from hf_distill.teachers import LiveTeacher
 from hf_distill.training.trainer import DistillationTrainer
 
-STEPS = 3
+STEPS = 5  # of which the first is not counted
 # Beyond these a trial is made with one and two layers: operations of a micro-batch; memory's share.
 OPERATIONS, SHARE = 4e12, 0.5
 
@@ -68,13 +69,14 @@ def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
     student, teacher = _configs(recipe)
     whole = _Sizes(recipe, student), _Sizes(recipe, teacher, role="teacher")
     if _is_small(recipe, *whole):
-        say("trial: three steps of the whole models")
+        say(f"trial: {STEPS} steps of the whole models")
         return _run(recipe, None, None)
-    say("trial: three steps each of models with one and two layers, for the whole ones")
+    say(f"trial: {STEPS} steps each of models with one and two layers, for the whole ones")
     one, two, other = (_run(recipe, *layers) for layers in ((1, 1), (2, 1), (1, 2)))
     found = extrapolated(one, two, other, student.num_hidden_layers, teacher.num_hidden_layers)
     return replace(
         found,
+        spread=max(trial.spread for trial in (one, two, other)),
         weights=whole[0].bytes,
         gradients=one.gradients / max(one.trained, 1) * _trained(recipe, student),
         optimizer=one.optimizer / max(one.trained, 1) * _trained(recipe, student),
@@ -187,6 +189,7 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
         activations=max(0.0, peak - known - teacher_bytes),
         head=head,
         seconds=statistics.median(clock.seconds[1:]) / args.gradient_accumulation_steps,
+        spread=spread_of(clock.seconds[1:]),
         tokens=tokens,
         accumulation=args.gradient_accumulation_steps,
     )

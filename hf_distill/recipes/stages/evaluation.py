@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from hf_distill.data import collator
 from hf_distill.evaluation import continuations, evaluate_models
+from hf_distill.evaluation.harness import Scores, harness_scores
 from hf_distill.evaluation.performance import MB, PeakMemory, size_mb
 from hf_distill.losses.divergences import parameters
 from hf_distill.losses.targets import IGNORE
@@ -35,7 +36,13 @@ from hf_distill.recipes.stages.models import (
 )
 from hf_distill.recipes.stages.stage import Run, read_json
 from hf_distill.recipes.stages.task_evaluation import TaskMeasure
-from hf_distill.reporting.comparison import compare, nearer_sentence, results_table
+from hf_distill.reporting.comparison import (
+    benchmark_table,
+    by_task,
+    compare,
+    nearer_sentence,
+    results_table,
+)
 from hf_distill.reporting.formatting import ROLES
 from hf_distill.reporting.model_card import CardFacts, write_card
 from hf_distill.reporting.report import names, unequal, write_report
@@ -44,6 +51,7 @@ from hf_distill.training.feature_settings import features_named
 
 Figures = dict[str, dict[str, float]]
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("hf-distill", "torch", "transformers", "accelerate", "datasets", "peft", "evaluate")
 
 
@@ -68,6 +76,7 @@ def measure(run: Run, result: Path) -> None:
     accelerator = accelerator_of(run)
     figures: dict[str, Figures] = {split: {} for split in sets}
     all_costs: Figures = {}
+    scores: dict[str, Scores] = {}
     for roles in _together(run):
         run.log(f"  {', '.join(roles)}")
         models = {role: _model(run, role, teacher) for role in roles}
@@ -95,12 +104,25 @@ def measure(run: Run, result: Path) -> None:
                     max_new_tokens=section.max_new_tokens,
                 )
                 shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
+                if (harness := section.harness) is not None and not shards:
+                    scores[role] = harness_scores(
+                        model,
+                        tokenizer,
+                        harness.tasks,
+                        include_path=harness.include_path,
+                        limit=harness.limit,
+                        batch_size=section.batch_size,
+                        precision=PRECISIONS.get(accelerator.mixed_precision),
+                    )
         del models
         gc.collect()
         run.state.wait_for_everyone()
     AcceleratorState._reset_state()  # a later training may have another precision
     if run.state.is_main_process:
-        _write(run, result, figures, all_costs, {"continuations": shown})
+        facts: dict[str, Any] = {"continuations": shown}
+        if scores:
+            facts["harness"] = {"version": version("lm_eval"), "tasks": by_task(scores)}
+        _write(run, result, figures, all_costs, facts)
 
 
 def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
@@ -157,6 +179,8 @@ def _write(
             name: {**sets[split], "comparison": comparisons[split]} for name, split in named.items()
         }
         run.log(f"  {nearer_sentence(facts['sets'])}")
+    if "harness" in facts:
+        run.show(benchmark_table(facts))
     result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from transformers import (
 from hf_distill.data import DataConfig, check_max_length
 from hf_distill.data.sources import find_files, hub_id
 from hf_distill.errors import InputError
+from hf_distill.evaluation.harness import check_harness
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.heads import model_types, which_files
 from hf_distill.models.loading import UNREADABLE, check_gguf, load_tokenizer
@@ -100,7 +101,8 @@ def teacher_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_arguments(recipe: Recipe) -> None:
-    """InputError for a value in a train section, before anything is read or written."""
+    """InputError for a value in a train section, or a benchmark that is not known, before anything
+    is read or written."""
     sections = {"train": arguments(recipe.train)}
     if recipe.teacher.is_trained_here:
         name = "teacher.train" if recipe.teacher.adapt is None else "teacher.adapt"
@@ -110,6 +112,8 @@ def check_arguments(recipe: Recipe) -> None:
             training_arguments(recipe, options, recipe.output_dir)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+    if (harness := recipe.evaluate.harness) is not None:
+        check_harness(harness.tasks, harness.include_path)
 
 
 # ---- Models, tokenizers and data sets ----

@@ -90,6 +90,13 @@ def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:
     return [recipe.seed, train, lora, _given_teacher(recipe)]
 
 
+def _decide_evaluation(recipe: Recipe) -> Any:
+    harness = recipe.evaluate.harness
+    # A folder of tasks is stamped as one of a model is.
+    tasks = None if harness is None else model_stamp(harness.include_path)
+    return [recipe.evaluate.model_dump(), tasks]
+
+
 prepare = Stage(
     name="prepare",
     doing="collecting, cleaning and tokenizing the data",
@@ -161,7 +168,7 @@ evaluate = Stage(
     name="evaluate",
     doing="measuring every model on the held-out rows",
     result="metrics.json",
-    reads=lambda recipe: recipe.evaluate.model_dump(),
+    reads=_decide_evaluation,
     after=(teacher, student, baseline, train),
     make=measure,
     everywhere=True,
