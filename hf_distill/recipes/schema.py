@@ -371,6 +371,9 @@ class Recipe(Section):
     """The student before training. A string stands for `student.model`."""
     baseline: bool = True
     """Also train the student with cross-entropy only, on equal terms."""
+    off_policy: TrainSection | None = None  # type: ignore[valid-type]
+    """A distillation on the data rows before `train`, which goes on from its student; the same
+    fields as `train`."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
     """The training of baseline and student: fields of `DistillationArguments`."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -421,7 +424,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _draws_estimate_the_forward_kl(self) -> Recipe:
-        divergence = arguments(self.train)["divergence"]
+        sections: list[Any] = [self.train, self.off_policy]
+        used = [arguments(section)["divergence"] for section in sections if section is not None]
+        divergence = next((name for name in used if name != "forward_kl"), "forward_kl")
         if self.record and self.record.kind == "sampled" and divergence != "forward_kl":
             raise ValueError(
                 f"records draws, which estimate forward_kl without bias but not {divergence}: set "
@@ -446,8 +451,10 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """All settings with the defaults of a recipe, without those of Trainer."""
-        dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train"}})
+        left_out: Any = {"train": True, "off_policy": True, "teacher": {"train"}}
+        dump = self.model_dump(mode="json", exclude=left_out)
         dump["train"] = arguments(self.train)
+        dump["off_policy"] = self.off_policy and arguments(self.off_policy)
         if self.teacher.is_trained_here:
             dump["teacher"]["train"] = arguments(self.teacher.train or PretrainSection())
         return {key: dump[key] for key in type(self).model_fields}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Better = Literal["lower", "higher"] | None
 
-ROLES = ("teacher", "initial", "baseline", "student")
+ROLES = ("teacher", "initial", "baseline", "off_policy", "student")
 """The models of a run, in the order in which they are shown."""
 
 

@@ -1,10 +1,14 @@
-"""The stages of a run: prepare, teacher, record, student, baseline, train, evaluate, report."""
+"""The stages of a run.
+
+prepare, teacher, record, student, baseline, off_policy, train, evaluate, report
+"""
 
 from hf_distill.recipes.stages.order import (
     STAGES,
     baseline,
     evaluate,
     measure_again,
+    off_policy,
     prepare,
     record,
     report,
@@ -22,6 +26,7 @@ __all__ = [
     "baseline",
     "evaluate",
     "measure_again",
+    "off_policy",
     "open_run",
     "prepare",
     "record",

@@ -102,7 +102,7 @@ def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
 
 
 def _training_time(run: Run, role: str) -> dict[str, float]:
-    if role not in ("baseline", "student"):
+    if role not in ("baseline", "off_policy", "student"):
         return {}
     training = read_json(run.folder / role / "training_results.json")
     return {"train_seconds": training["train_seconds"]}
@@ -132,7 +132,8 @@ def _models(run: Run, teacher: LiveTeacher) -> Iterator[tuple[str, Any]]:
         initial = student_initial(run)
     yield "initial", initial
     del initial
-    for role in ("baseline", "student") if run.recipe.baseline else ("student",):
+    wanted = {"baseline": run.recipe.baseline, "off_policy": run.recipe.off_policy is not None}
+    for role in (*(name for name, there in wanted.items() if there), "student"):
         gc.collect()
         yield role, trained(run, role)
 

@@ -97,6 +97,8 @@ def check_arguments(recipe: Recipe) -> None:
     if recipe.teacher.is_trained_here:
         pretraining = arguments(recipe.teacher.train or PretrainSection())
         sections["teacher.train"] = {**pretraining, "alpha": 0.0}
+    if recipe.off_policy is not None:
+        sections["off_policy"] = arguments(recipe.off_policy)
     for name, options in sections.items():
         try:
             training_arguments(recipe, options, recipe.output_dir)

@@ -1,6 +1,6 @@
-"""The eight stages, the inputs of each, and the results that it uses.
+"""The nine stages, the inputs of each, and the results that it uses.
 
-prepare -> teacher -> record -> student -> baseline -> train -> evaluate -> report
+prepare -> teacher -> record -> student -> baseline -> off_policy -> train -> evaluate -> report
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from hf_distill.recipes.stages.models import make_student
 from hf_distill.recipes.stages.preparation import prepare_data
 from hf_distill.recipes.stages.recording import SPLITS, record_teacher
 from hf_distill.recipes.stages.stage import Run, Stage, remove, stamp_of
-from hf_distill.recipes.stages.training import distil, train_baseline, train_teacher
+from hf_distill.recipes.stages.training import (
+    distil,
+    distil_off_policy,
+    train_baseline,
+    train_teacher,
+)
+from hf_distill.training.on_policy import OnPolicyArguments
 
 
 def _decide_rows(recipe: Recipe) -> Any:
@@ -65,11 +71,12 @@ def _decide_student(recipe: Recipe) -> Any:
 
 
 # With cross-entropy only, these decide nothing but the divergence that is logged.
-OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew")
+OF_THE_DIVERGENCE = {"alpha", "temperature", "divergence", "beta", "skew"}
+OF_THE_DIVERGENCE |= OnPolicyArguments.names()
 
 
-def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:
-    train = arguments(recipe.train)
+def _decide_training(recipe: Recipe, section: Any, *, distilled: bool) -> Any:
+    train = arguments(section)
     if not distilled:  # of the objective only the cross-entropy is left
         train = {key: v for key, v in train.items() if key not in OF_THE_DIVERGENCE}
     lora = recipe.student.lora and recipe.student.lora.model_dump()
@@ -117,18 +124,28 @@ baseline = Stage(
     name="baseline",
     doing="training the student with cross-entropy only",
     result="baseline",
-    reads=lambda recipe: _decide_training(recipe, distilled=False),
+    reads=lambda recipe: _decide_training(recipe, recipe.train, distilled=False),
     after=(teacher, record, student),
     make=train_baseline,
     everywhere=True,
     wanted=lambda recipe: recipe.baseline,
 )
+off_policy = Stage(
+    name="off_policy",
+    doing="distilling the student on the data rows",
+    result="off_policy",
+    reads=lambda recipe: _decide_training(recipe, recipe.off_policy, distilled=True),
+    after=(teacher, record, student),
+    make=distil_off_policy,
+    everywhere=True,
+    wanted=lambda recipe: recipe.off_policy is not None,
+)
 train = Stage(
     name="train",
     doing="distilling the student",
     result="student",
-    reads=lambda recipe: _decide_training(recipe, distilled=True),
-    after=(teacher, record, student),
+    reads=lambda recipe: _decide_training(recipe, recipe.train, distilled=True),
+    after=(teacher, record, student, off_policy),
     make=distil,
     everywhere=True,
 )
@@ -137,7 +154,7 @@ evaluate = Stage(
     doing="measuring every model on the held-out rows",
     result="metrics.json",
     reads=lambda recipe: recipe.evaluate.model_dump(),
-    after=(teacher, student, baseline, train),
+    after=(teacher, student, baseline, off_policy, train),
     make=measure,
     everywhere=True,
 )
@@ -149,7 +166,7 @@ report = Stage(
     after=(evaluate,),
     make=write_report_and_card,
 )
-STAGES = (prepare, teacher, record, student, baseline, train, evaluate, report)
+STAGES = (prepare, teacher, record, student, baseline, off_policy, train, evaluate, report)
 
 
 def measure_again(run: Run) -> None:
