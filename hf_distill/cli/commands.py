@@ -72,7 +72,8 @@ def run(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: prepare, teacher, record, student, baseline, train, evaluate, report.
+    """Run a recipe: prepare, teacher, record, student, baseline, off_policy, train, evaluate,
+    report.
 
     Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
     complete checkpoint. All results are in the run folder, output_dir/name.

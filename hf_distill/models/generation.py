@@ -252,7 +252,7 @@ def _restrictions(config: GenerationConfig) -> list[LogitsProcessor]:
             found.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k:
             found.append(TopKLogitsWarper(config.top_k))
-        if config.top_p is not None:
+        if config.top_p is not None and config.top_p != 1.0:  # which sorts the whole vocabulary
             found.append(TopPLogitsWarper(float(config.top_p)))
         if config.min_p is not None:
             found.append(MinPLogitsWarper(float(config.min_p)))

@@ -455,6 +455,9 @@ class Recipe(Section):
     """The student before training. A string stands for `student.model`."""
     baseline: bool = True
     """Also train the student with cross-entropy only, on equal terms."""
+    off_policy: TrainSection | None = None  # type: ignore[valid-type]
+    """A distillation on the data rows before `train`, which goes on from its student; the same
+    fields as `train`."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
     """The training of baseline and student: fields of `DistillationArguments`."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -568,7 +571,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _features_have_a_teacher(self) -> Recipe:
-        if self.record is not None and arguments(self.train).get("features"):
+        sections: list[Any] = [s for s in (self.train, self.off_policy) if s is not None]
+        if self.record is not None and any(arguments(s).get("features") for s in sections):
             raise ValueError(
                 "has 'record' and 'train.features', but a recording has no inner states of the "
                 "teacher: leave out one of them"
@@ -577,7 +581,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _draws_estimate_the_forward_kl(self) -> Recipe:
-        divergence = arguments(self.train)["divergence"]
+        sections: list[Any] = [self.train, self.off_policy]
+        used = [arguments(section)["divergence"] for section in sections if section is not None]
+        divergence = next((name for name in used if name != "forward_kl"), "forward_kl")
         if self.record and self.record.kind == "sampled" and divergence != "forward_kl":
             raise ValueError(
                 f"records draws, which estimate forward_kl without bias but not {divergence}: set "
@@ -602,8 +608,10 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """All settings with the defaults of a recipe, without those of Trainer."""
-        dump = self.model_dump(mode="json", exclude={"train": True, "teacher": {"train", "adapt"}})
+        left_out: Any = {"train": True, "off_policy": True, "teacher": {"train", "adapt"}}
+        dump = self.model_dump(mode="json", exclude=left_out)
         dump["train"] = arguments(self.train)
+        dump["off_policy"] = self.off_policy and arguments(self.off_policy)
         if self.teacher.adapt is not None:
             dump["teacher"]["adapt"] = arguments(self.teacher.adapt)
         elif self.teacher.is_trained_here:

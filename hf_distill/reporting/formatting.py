@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Better = Literal["lower", "higher"] | None
 
-ROLES = ("unadapted", "teacher", "initial", "baseline", "student")
+ROLES = ("unadapted", "teacher", "initial", "baseline", "off_policy", "student")
 """The models of a run, in the order in which they are shown. Unadapted is the teacher as it was
 given, where the run adapts it to its rows."""
 

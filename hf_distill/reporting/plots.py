@@ -23,8 +23,14 @@ from hf_distill.reporting.formatting import BY_KEY, compact, measured
 
 # Placeholders that matplotlib accepts; `_svg` replaces them by the page's variables.
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
-COLOURS = {"teacher": "#0a0a01", "initial": "#0a0a02", "baseline": "#0a0a03", "student": "#0a0a04"}
-MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "student": "o"}
+COLOURS = {
+    "teacher": "#0a0a01",
+    "initial": "#0a0a02",
+    "baseline": "#0a0a03",
+    "off_policy": "#0a0a05",
+    "student": "#0a0a04",
+}
+MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "off_policy": "^", "student": "o"}
 # Colours of `overlaid`; with more groups they repeat.
 LINES = 12
 # With more groups `overlaid` leaves out the curves of training rows.

@@ -28,7 +28,7 @@ from hf_distill.reporting.formatting import (
     unsteady_note,
 )
 
-TRAINED = ("baseline", "student")
+TRAINED = ("baseline", "off_policy", "student")
 # Logged under `eval_` too, but no part of the objective, or drawn in a panel of its own.
 NOT_DIVERGENCES = {"loss", "ce", "teacher_ce", "top1_agreement"}
 DIVERGENCE_NAMES = {

@@ -145,7 +145,8 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     vocabulary, length = student_config.get_text_config().vocab_size, recipe.data.max_length
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        settings = arguments(recipe.train) | _QUIET
+        # The time of writing depends on what is written.
+        settings = arguments(recipe.train) | _QUIET | {"on_policy": 0.0, "on_policy_raise": 0.0}
         if recipe.record is not None:
             settings["alpha"] = 0.0  # takes what a recorded teacher takes, within some percent
         args = training_arguments(recipe, settings, folder)

@@ -1,5 +1,7 @@
-"""The stages of a run: prepare, teacher, annotate, record, student, baseline, train, evaluate,
-report."""
+"""The stages of a run.
+
+prepare, teacher, annotate, record, student, baseline, off_policy, train, evaluate, report
+"""
 
 from hf_distill.recipes.stages.order import (
     STAGES,
@@ -7,6 +9,7 @@ from hf_distill.recipes.stages.order import (
     baseline,
     evaluate,
     measure_again,
+    off_policy,
     prepare,
     record,
     report,
@@ -25,6 +28,7 @@ __all__ = [
     "baseline",
     "evaluate",
     "measure_again",
+    "off_policy",
     "open_run",
     "prepare",
     "record",

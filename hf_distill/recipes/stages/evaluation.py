@@ -146,7 +146,7 @@ def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
 
 def _training_time(run: Run, role: str) -> dict[str, float]:
     adapted = role == "teacher" and run.recipe.teacher.adapt is not None
-    if role not in ("baseline", "student") and not adapted:
+    if role not in ("baseline", "off_policy", "student") and not adapted:
         return {}
     training = read_json(run.folder / role / "training_results.json")
     return {"train_seconds": training["train_seconds"]}
@@ -196,7 +196,8 @@ def _roles(run: Run) -> list[str]:
     """The teacher first, since its own figures are those of the forward that the others share."""
     unwanted = {"unadapted"} if run.recipe.teacher.adapt is None else set()
     unwanted |= set() if run.recipe.baseline else {"baseline"}
-    roles = ("teacher", "unadapted", "initial", "baseline", "student")
+    unwanted |= set() if run.recipe.off_policy is not None else {"off_policy"}
+    roles = ("teacher", "unadapted", "initial", "baseline", "off_policy", "student")
     return [role for role in roles if role not in unwanted]
 
 

@@ -107,6 +107,8 @@ def check_arguments(recipe: Recipe) -> None:
     if recipe.teacher.is_trained_here:
         name = "teacher.train" if recipe.teacher.adapt is None else "teacher.adapt"
         sections[name] = teacher_options(recipe)
+    if recipe.off_policy is not None:
+        sections["off_policy"] = arguments(recipe.off_policy)
     for name, options in sections.items():
         try:
             training_arguments(recipe, options, recipe.output_dir)

@@ -184,10 +184,14 @@ def make_student(run: Run, result: Path) -> None:
     tokenizer_of(run).save_pretrained(result)
 
 
-def student_initial(run: Run) -> PreTrainedModel:
-    """What `make_student` saved, in float32 unless the recipe says otherwise."""
+def student_initial(run: Run, folder: Path | None = None) -> PreTrainedModel:
+    """What `make_student` saved, in float32 unless the recipe says otherwise.
+
+    folder: of a later student instead
+    """
     kept = {"dtype": "float32"} | _kept(run.recipe.student.model_kwargs)
-    return load_model(run.folder / "student_initial", "student", **kept)
+    folder = run.folder / "student_initial" if folder is None else folder
+    return load_model(folder, "student", **kept)
 
 
 def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
@@ -222,6 +226,15 @@ def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
     """The initial student, with fresh adapters where the recipe asks for LoRA."""
     model = student_initial(run)
     return model if run.recipe.student.lora is None else with_adapters(model, run.recipe)
+
+
+def student_to_train_on(run: Run) -> PreTrainedModel | PeftModel:
+    """The student of the `off_policy` stage, or the initial one with its adapters from there."""
+    folder = run.folder / "off_policy"
+    if run.recipe.student.lora is None:
+        return student_initial(run, folder)
+    adapted: Any = PeftModel.from_pretrained(student_initial(run), folder, is_trainable=True)
+    return adapted
 
 
 def with_adapters(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

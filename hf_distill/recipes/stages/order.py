@@ -1,6 +1,7 @@
-"""The nine stages, the inputs of each, and the results that it uses.
+"""The ten stages, the inputs of each, and the results that it uses.
 
-prepare -> teacher -> annotate -> record -> student -> baseline -> train -> evaluate -> report
+prepare -> teacher -> annotate -> record -> student -> baseline -> off_policy -> train -> evaluate
+-> report
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from hf_distill.recipes.stages.models import make_student
 from hf_distill.recipes.stages.preparation import prepare_data
 from hf_distill.recipes.stages.recording import SPLITS, record_teacher
 from hf_distill.recipes.stages.stage import Run, Stage, remove, stamp_of
-from hf_distill.recipes.stages.training import distil, train_baseline, train_teacher
+from hf_distill.recipes.stages.training import (
+    distil,
+    distil_off_policy,
+    train_baseline,
+    train_teacher,
+)
+from hf_distill.training.on_policy import OnPolicyArguments
 
 
 def _decide_rows(recipe: Recipe) -> Any:
@@ -79,11 +86,12 @@ def _decide_student(recipe: Recipe) -> Any:
 
 
 # With cross-entropy only, these decide nothing but the divergence that is logged.
-OF_THE_DIVERGENCE = ("alpha", "temperature", "divergence", "beta", "skew", "features")
+OF_THE_DIVERGENCE = {"alpha", "temperature", "divergence", "beta", "skew", "features"}
+OF_THE_DIVERGENCE |= OnPolicyArguments.names()
 
 
-def _decide_training(recipe: Recipe, *, distilled: bool) -> Any:
-    train = arguments(recipe.train)
+def _decide_training(recipe: Recipe, section: Any, *, distilled: bool) -> Any:
+    train = arguments(section)
     if not distilled:  # of the objective only the cross-entropy is left
         train = {key: v for key, v in train.items() if key not in OF_THE_DIVERGENCE}
     lora = recipe.student.lora and recipe.student.lora.model_dump()
@@ -149,18 +157,28 @@ baseline = Stage(
     name="baseline",
     doing="training the student with cross-entropy only",
     result="baseline",
-    reads=lambda recipe: _decide_training(recipe, distilled=False),
+    reads=lambda recipe: _decide_training(recipe, recipe.train, distilled=False),
     after=(teacher, record, student),
     make=train_baseline,
     everywhere=True,
     wanted=lambda recipe: recipe.baseline,
 )
+off_policy = Stage(
+    name="off_policy",
+    doing="distilling the student on the data rows",
+    result="off_policy",
+    reads=lambda recipe: _decide_training(recipe, recipe.off_policy, distilled=True),
+    after=(teacher, annotate, record, student),
+    make=distil_off_policy,
+    everywhere=True,
+    wanted=lambda recipe: recipe.off_policy is not None,
+)
 train = Stage(
     name="train",
     doing="distilling the student",
     result="student",
-    reads=lambda recipe: _decide_training(recipe, distilled=True),
-    after=(teacher, annotate, record, student),
+    reads=lambda recipe: _decide_training(recipe, recipe.train, distilled=True),
+    after=(teacher, annotate, record, student, off_policy),
     make=distil,
     everywhere=True,
 )
@@ -169,7 +187,7 @@ evaluate = Stage(
     doing="measuring every model on the held-out rows",
     result="metrics.json",
     reads=_decide_evaluation,
-    after=(teacher, student, baseline, train),
+    after=(teacher, student, baseline, off_policy, train),
     make=measure,
     everywhere=True,
 )
@@ -181,7 +199,18 @@ report = Stage(
     after=(evaluate,),
     make=write_report_and_card,
 )
-STAGES = (prepare, teacher, annotate, record, student, baseline, train, evaluate, report)
+STAGES = (
+    prepare,
+    teacher,
+    annotate,
+    record,
+    student,
+    baseline,
+    off_policy,
+    train,
+    evaluate,
+    report,
+)
 
 
 def measure_again(run: Run) -> None:

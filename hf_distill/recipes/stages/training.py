@@ -27,6 +27,7 @@ from hf_distill.recipes.stages.models import (
     rows_to_train,
     student_initial,
     student_to_train,
+    student_to_train_on,
     teacher_source,
     teacher_to_train,
     teacher_tokenizer_of,
@@ -37,6 +38,7 @@ from hf_distill.recipes.stages.models import (
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.reporting.formatting import compact
 from hf_distill.training.checkpoints import last_complete_checkpoint
+from hf_distill.training.on_policy import WRITTEN_ROWS
 from hf_distill.training.trainer import DistillationTrainer
 
 # The settings of the divergence that a training logs, by which the report knows what to overlay.
@@ -53,26 +55,48 @@ def train_teacher(run: Run, result: Path) -> None:
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
     # With alpha 0 the teacher runs in evaluations only, for the curve of the divergence.
-    options = arguments(run.recipe.train) | {"alpha": 0.0, "features": None}
-    _train_student(run, result, options, rows_of_baseline)
+    data_only = {"alpha": 0.0, "features": None, "on_policy": 0.0, "on_policy_raise": 0.0}
+    _train_student(run, result, arguments(run.recipe.train) | data_only, rows_of_baseline)
+
+
+def distil_off_policy(run: Run, result: Path) -> None:
+    """`off_policy/`: a distillation on the data rows, from which `distil` goes on."""
+    assert run.recipe.off_policy is not None
+    options = arguments(run.recipe.off_policy)
+    _train_student(run, result, options, rows_to_train, merge=False)
 
 
 def distil(run: Run, result: Path) -> None:
     """`student/`: the distillation itself."""
-    _train_student(run, result, arguments(run.recipe.train), rows_to_train)
+    options = arguments(run.recipe.train)
+    _train_student(run, result, options, rows_to_train, after_off_policy=True)
 
 
 def _train_student(
-    run: Run, result: Path, options: dict[str, Any], rows_from: Callable[[Run, str], Dataset]
+    run: Run,
+    result: Path,
+    options: dict[str, Any],
+    rows_from: Callable[[Run, str], Dataset],
+    *,
+    after_off_policy: bool = False,
+    merge: bool = True,
 ) -> None:
+    """Train the student, with its adapters if it has some.
+
+    after_off_policy: go on from the student of the `off_policy` stage, if there is one
+    merge: merge adapters where the recipe says so
+    """
     teacher: str | None = None
-    if run.recipe.record is None:
+    writes = bool(options.get("on_policy") or options.get("on_policy_raise"))
+    if run.recipe.record is None or writes:
         teacher, kwargs = teacher_source(run)
         placement = run.recipe.teacher.placement
         options = options | {"teacher_model_kwargs": kwargs, "teacher_placement": placement}
-    _train(run, result, student_to_train, teacher, options, rows_from=rows_from)
+    goes_on = after_off_policy and run.recipe.off_policy is not None
+    make = student_to_train_on if goes_on else student_to_train
+    _train(run, result, make, teacher, options, rows_from=rows_from)
     lora = run.recipe.student.lora
-    if lora is not None and lora.merge:
+    if lora is not None and lora.merge and merge:
         run.from_main(lambda: merge_adapter(student_initial(run), result))
 
 
@@ -130,6 +154,8 @@ def _train(
         facts["peak_memory_mb"] = round(peak.item() / MB)
         facts["divergence"] = [getattr(args, name) for name in DIVERGENCE]
         (result / "training_results.json").write_text(json.dumps(facts))
+        if args.keep_rows and (checkpoints / WRITTEN_ROWS).exists():
+            (checkpoints / WRITTEN_ROWS).replace(result / WRITTEN_ROWS)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -81,6 +81,12 @@ class OnPolicyArguments(TrainingArguments):
             "help": "Steps between the written texts that are kept in the log history; 0 for none."
         },
     )
+
+    @staticmethod
+    def names() -> set[str]:
+        """The names of these settings."""
+        every, of_trainer = (fields(kind) for kind in (OnPolicyArguments, TrainingArguments))
+        return {field.name for field in every} - {field.name for field in of_trainer}
 
     def on_policy_ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each value is within its range, and the range in words."""

@@ -15,7 +15,7 @@ from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 from hf_distill.training.on_policy.texts import Text
 
-FILE = "written_rows.jsonl"
+WRITTEN_ROWS = "written_rows.jsonl"
 # The newest texts, from which earlier ones are repeated.
 MOST_REPEATED = 10_000
 FEATURES = Features(
@@ -42,10 +42,11 @@ def written_rows(output_dir: str | Path) -> Dataset:
         `prompt_id`, equal for equal prompts, `prompt` and `text`, and `finished`
     raises: InputError where nothing was kept
     """
-    path = Path(output_dir) / FILE
+    path = Path(output_dir) / WRITTEN_ROWS
     if not path.is_file():
         raise InputError(
-            f"{str(output_dir)!r} holds no {FILE}: give the output_dir of a training with keep_rows"
+            f"{str(output_dir)!r} holds no {WRITTEN_ROWS}: give the output_dir of a training with "
+            "keep_rows"
         )
     return Dataset.from_list([_row(line) for line in _lines(path)], features=FEATURES)
 
@@ -69,7 +70,7 @@ class KeptTexts:
     """
 
     def __init__(self, folder: str | Path, *, encoder_decoder: bool) -> None:
-        self.path = Path(folder) / FILE
+        self.path = Path(folder) / WRITTEN_ROWS
         self._encoder_decoder = encoder_decoder
         self._texts: list[Text] = []
 

@@ -1,0 +1,56 @@
+"""Runs whose student is distilled on data rows first, and then on its own text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_setup import metrics, run, write_recipe
+from safetensors.torch import load_file
+
+import hf_distill
+
+OPTIONS = (
+    "data.packing=false",
+    "off_policy={max_steps: 4, learning_rate: 1e-2, logging_steps: 1}",
+    "train={alpha: 0.9, on_policy: 0.5, max_new_tokens: 6, prompt_tokens: 8, keep_rows: true,"
+    " max_steps: 4, learning_rate: 0.0, logging_steps: 1}",
+)
+
+
+def history(folder: Path, role: str) -> list[dict[str, Any]]:
+    return json.loads((folder / role / "log_history.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("record={kind: full}", "baseline=false"), ("student.lora={r: 2}", "baseline=false")],
+    ids=["plain", "recorded", "lora"],
+)
+def test_the_second_training_goes_on_from_the_first(more: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(write_recipe(tmp_path), *OPTIONS, *more)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "runs" / "tiny"
+    first, second = history(folder, "off_policy"), history(folder, "student")
+    assert not any("written_tokens" in entry for entry in first)
+    assert sum("written_tokens" in entry for entry in second) == 4
+    (name,) = (path.name for path in (folder / "off_policy").glob("*.safetensors"))
+    weights = [load_file(folder / role / name) for role in ("off_policy", "student")]
+    for key, value in weights[0].items():  # the second learns at a rate of 0
+        assert torch.equal(weights[1][key], value)
+    found = metrics(folder)
+    assert found["off_policy"]["kl_to_teacher"] == found["student"]["kl_to_teacher"]
+    assert found["off_policy"]["kl_to_teacher"] != found["initial"]["kl_to_teacher"]
+    assert found["off_policy"]["train_seconds"] > 0
+    kept = hf_distill.written_rows(folder / "student")
+    assert set(kept["step"]) == {1, 2, 3, 4}
+    assert all(kept["prompt"])
+    if not more:  # nothing is written for the baseline
+        assert not any("written_tokens" in entry for entry in history(folder, "baseline"))
+    assert "off_policy" in (folder / "report.html").read_text()
+    again = run(write_recipe(tmp_path), *OPTIONS, *more)
+    assert "off_policy: unchanged, skipped" in again.output
+    assert "train: unchanged, skipped" in again.output
