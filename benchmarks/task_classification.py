@@ -34,8 +34,8 @@ class Plan:
     valid: str
     teacher_epochs: float
     epochs: float
-    teacher_learning_rate: float = 1e-4
-    learning_rate: float = 1e-4
+    teacher_learning_rate: float = 3e-4
+    learning_rate: float = 3e-4
     batch_size: int = 32
     initial: Literal["teacher", "encoder"] = "teacher"
     layers: Any = "first_and_last"
@@ -57,7 +57,7 @@ class Plan:
 
 
 BANKING77 = Plan(
-    "cls/banking77/train.jsonl.gz", "cls/banking77/test.jsonl.gz", teacher_epochs=5, epochs=4
+    "cls/banking77/train.jsonl.gz", "cls/banking77/test.jsonl.gz", teacher_epochs=4, epochs=3
 )
 RT_POLARITY = Plan(
     "cls/rt_polarity/train.jsonl.gz",

