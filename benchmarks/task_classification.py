@@ -115,13 +115,13 @@ class Task:
         )  # fmt: skip
 
     def _initial(self, seed: int) -> Any:
-        plan, measured = self.plan, self.rows.select(range(MEASURED))
+        plan = self.plan
         set_seed(seed)  # of a new head
         return student_from_teacher(
             self.teacher if plan.initial == "teacher" else self._untrained(),
             plan.layers,
             num_layers=None if isinstance(plan.layers, list) else plan.num_layers,
-            rows=measured if plan.layers == "influence" else None,
+            rows=self.rows.select(range(MEASURED)) if plan.layers == "influence" else None,
         )
 
     def _rows_of(self, seed: int, alpha: float) -> Dataset:

@@ -90,8 +90,8 @@ PLANS = {
         vocab_size=4000,
         config=transformer(192, (3, 2), 64),
         layers={"encoder": [0], "decoder": [0]},
-        teacher_epochs=12,
-        epochs=4,
+        teacher_epochs=8,
+        epochs=2,
         columns={"source": "translation.en", "target": "translation.es"},
     ),
     "summarization": Plan(
