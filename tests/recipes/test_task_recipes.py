@@ -200,7 +200,7 @@ def test_an_encoder_is_fine_tuned_and_its_figures_are_those_of_the_saved_models(
 @pytest.mark.slow
 def test_an_adapter_classifies(tmp_path: Path) -> None:
     """The head is trained beside the adapters, saved with them, and found again."""
-    lora = {"student__lora": "{r: 4}", "train__learning_rate": 0.03, "train__max_steps": 60}
+    lora = {"student__lora": "{r: 4}", "train__learning_rate": 0.005, "train__max_steps": 60}
     done = run(tmp_path, "classification", train__alpha=0.3, **lora)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / "classification"
