@@ -12,6 +12,7 @@ from hf_distill.cli.commands import Debug, Overrides, RecipeFile
 from hf_distill.cli.exit_codes import guarded
 from hf_distill.recipes import load_recipe
 from hf_distill.recipes.stages import (
+    annotate,
     baseline,
     evaluate,
     open_run,
@@ -28,6 +29,7 @@ def main(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> No
     with guarded(debug), open_run(load_recipe(recipe, set_ or ()), recipe) as run:
         prepare(run)  # raw text -> clean, tokenized, packed rows, and the tokenizer
         teacher(run)  # trained from scratch, unless the recipe names one
+        annotate(run)  # the teacher's own targets for the student, if the recipe asks for them
         record(run)  # the teacher's outputs for every row, if the recipe records them
         student(run)  # from a config, a checkpoint, or layers of the teacher
         baseline(run)  # the same student trained on the labels alone

@@ -210,6 +210,8 @@ def scatter(models: Mapping[str, Mapping[str, Any]], x_key: str, y_key: str) -> 
     xs, ys = zip(*points.values(), strict=True)
     _scale(axes, "x", xs)
     _scale(axes, "y", ys)
+    if BY_KEY[y_key].percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(_axis_label(x_key))
     _name_points(figure, axes, points)
     return _svg(figure, f"{_axis_label(y_key)} against {_axis_label(x_key)}", f"{x_key}-{y_key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from hf_distill.models.base import base_model
@@ -22,6 +23,10 @@ def prepare_datasets(
     task: its key, None for that of the student's class
     """
     own = given.get("data_collator") is not None
+    if student is None and given.get("model_init") is not None:
+        # Made once more only to see its task and its config.
+        init = given["model_init"]
+        student = init(None) if inspect.signature(init).parameters else init()
     prepare = _preparation(args, given.get("processing_class"), student, task, own_collator=own)
     for name in ("train_dataset", "eval_dataset"):
         if given.get(name) is not None:
@@ -42,7 +47,7 @@ def _preparation(
     *,
     own_collator: bool,
 ) -> RowPreparation:
-    if student is None:  # model_init makes it later
+    if student is None:  # the trainer refuses it
         return RowPreparation(args, tokenizer, None, None, own_collator=own_collator)
     found, plain = find_task(student, "student", task), base_model(student)
     if isinstance(found, CausalLM):

@@ -61,6 +61,20 @@ def test_raw_rows_train(
     assert first["eval_held_loss"] == second["eval_held_loss"]  # the same masks
 
 
+def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> None:
+    """Text and label would else become rows of a language model."""
+    trainer = DistillationTrainer(
+        None,
+        model(CLASSIFY, 1),
+        arguments(tmp_path, max_steps=1),
+        model_init=lambda: model(CLASSIFY, 0),
+        train_dataset=Dataset.from_list(RAW[CLASSIFY]),
+        processing_class=word_pieces(),
+    )
+    trainer.train()
+    assert next(iter(trainer.get_train_dataloader()))["labels"].dim() == 1
+
+
 def test_windows_keep_their_answer_masks(tmp_path: Path) -> None:
     task = "question-answering"
     trainer = make(tmp_path, task, Dataset.from_list(RAW[task]), max_length=24, doc_stride=6)

@@ -11,7 +11,7 @@ from hf_distill.data.prompts import for_languages
 from hf_distill.evaluation import Evaluation, evaluate_student, examples
 from hf_distill.recipes.stages.models import collator_of, rows_of, text_of, tokenizer_of
 from hf_distill.recipes.stages.stage import Run
-from hf_distill.teachers import LiveTeacher
+from hf_distill.teachers import LiveTeacher, RememberingTeacher
 
 
 @dataclass
@@ -28,6 +28,8 @@ class TaskMeasure:
         self._tokenizer = tokenizer_of(self.run)
         self._rows = rows_of(self.run, self.split)
         self._texts = text_of(self.run, self.split)
+        # It runs once for all of its students, whose batches are the same.
+        self._remembered = RememberingTeacher(self.teacher)
 
     def __call__(self, role: str, model: Any) -> dict[str, float]:
         """The figures of a model, the same on every process."""
@@ -37,7 +39,7 @@ class TaskMeasure:
         references = self._texts["target"] if task == "seq2seq-lm" else self._texts
         self.measured[role] = evaluate_student(
             model,
-            self.teacher,
+            self.teacher if role == "teacher" else self._remembered,
             self._rows,
             self._tokenizer,
             references=references,
