@@ -247,9 +247,8 @@ def data_stamp(config: DataConfig) -> list[Any]:
 
 
 def _places(config: DataConfig) -> list[list[str]]:
-    """The places of the training rows, and of each set of evaluation rows."""
-    train = [config.train] if isinstance(config.train, str) else config.train
-    return [train, *config.eval_places.values()]
+    """The places of each set of training and of evaluation rows."""
+    return [*config.train_places.values(), *config.eval_places.values()]
 
 
 def model_stamp(name: str | None) -> Any:
