@@ -117,7 +117,7 @@ def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, F
             rows = rows.select_columns(list(columns))
             new = dict(zip(columns, COLUMNS[name], strict=True))
             rows = rows.rename_columns({old: to for old, to in new.items() if old != to})
-            return _finished(rows, name, where, "")
+            return _as_chat(*_finished(rows, name, where, ""), config)
     form = None if renamed else find_form(rows.column_names, only)
     if form is None:
         raise InputError(_unknown_columns(rows.column_names, renamed, only, where))
@@ -134,7 +134,30 @@ def normalise(rows: Dataset, config: DataConfig, where: str) -> tuple[Dataset, F
             )
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    return _finished(rows, form.format, where, mapping)
+    return _as_chat(*_finished(rows, form.format, where, mapping), config)
+
+
+def _as_chat(
+    rows: Dataset, name: Format, mapping: str, config: DataConfig
+) -> tuple[Dataset, Format, str]:
+    """Prompts and completions of text as messages, where the config asks for it."""
+    if not config.prompts_as_chat or name != "prompt_completion":
+        return rows, name, mapping
+    chats = rows.map(
+        _turns,
+        batched=True,
+        features=Features(dict.fromkeys(COLUMNS["chat_completion"], _MESSAGES)),
+        num_proc=config.num_proc,
+    )
+    return chats, "chat_completion", "; ".join(filter(None, (mapping, "turns of a chat")))
+
+
+def _turns(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+    roles = {"prompt": "user", "completion": "assistant"}
+    return {
+        column: [[{"role": role, "content": text or ""}] for text in batch[column]]
+        for column, role in roles.items()
+    }
 
 
 def _unknown_columns(

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 # Names become a part of logged names, as eval_NAME_loss, and of folders.
 _SetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
-EvalSets = Annotated[dict[_SetName, str | list[str]], Field(min_length=1)]
+Sets = Annotated[dict[_SetName, str | list[str]], Field(min_length=1)]
 
 # What rows are. Prompts and completions that are lists of messages are chat_completion: of these
 # rows only the completion's messages are learnt.
@@ -51,10 +51,11 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: str | list[str]
+    train: str | list[str] | Sets
     """Files, globs (``**`` too), folders, or one Hub data set id. ``{stdlib}`` stands for the
-    folder of the Python standard library."""
-    eval: str | list[str] | EvalSets | None = None
+    folder of the Python standard library. Causal language modelling also takes several sets by
+    name, whose rows may have other formats."""
+    eval: str | list[str] | Sets | None = None
     """The same for evaluation rows, or several sets by name, as ``{novels: FILE, news: FILE}``, of
     which the first is the main one; without it (and without ``eval_split``) rows are held out."""
     unlabelled: str | list[str] | None = None
@@ -94,10 +95,14 @@ class DataConfig(BaseModel):
     messages_column: str = "messages"
     rows: Literal["line", "paragraph", "document"] = "line"
     """Plain text files: a row per line, per block between blank lines, or per file."""
+    prompts_as_chat: bool = False
+    """Make prompts and completions of text the turns of user and assistant, which the tokenizer's
+    chat template renders."""
     separator: str = "\n"
     """Put between prompt and completion where neither brings its own white space."""
     max_train_rows: int | None = Field(default=None, ge=1)
-    """Keep a sample of this many rows after cleaning (by content and seed, in their order)."""
+    """Keep a sample of this many rows after cleaning (by content and seed, in their order); of each
+    set, where there are several."""
     max_eval_rows: int | None = Field(default=None, ge=1)
     """The same for each set of evaluation rows."""
 
@@ -125,13 +130,24 @@ class DataConfig(BaseModel):
     """Processes that prepare the data. The result does not depend on it."""
 
     @property
+    def train_places(self) -> dict[str, list[str]]:
+        """The places of `train` by split: "train", or "train/NAME" for each set with a name."""
+        return _by_split("train", self.train)
+
+    @property
     def eval_places(self) -> dict[str, list[str]]:
-        """The places of `eval` by split: "eval", or "eval/NAME" for each set that has a name."""
-        sets = self.eval if isinstance(self.eval, dict) else {"": self.eval}
-        listed = {n: [p] if isinstance(p, str) else p for n, p in sets.items() if p is not None}
-        return {f"eval/{name}" if name else "eval": places for name, places in listed.items()}
+        """The places of `eval` by split: "eval", or "eval/NAME" for each set with a name."""
+        return _by_split("eval", self.eval)
 
     @property
     def eval_splits(self) -> tuple[str, ...]:
         """The splits of evaluation rows: "eval", or "eval/NAME" for each set that has a name."""
         return tuple(self.eval_places) or ("eval",)
+
+
+def _by_split(
+    split: str, given: str | list[str] | dict[str, str | list[str]] | None
+) -> dict[str, list[str]]:
+    sets = given if isinstance(given, dict) else {"": given}
+    listed = {n: [p] if isinstance(p, str) else p for n, p in sets.items() if p is not None}
+    return {f"{split}/{name}" if name else split: places for name, places in listed.items()}

@@ -76,45 +76,56 @@ def clean_rows(
 
     seed: decides which rows are held out or sampled
     work_dir: for Arrow files; a second call with the same settings and files reuses them
-    returns: the splits ``train`` and ``config.eval_splits`` with the columns text, or prompt and
-        completion, or messages; and the table of steps. Neither depends on ``num_proc``.
+    returns: the splits of ``config.train_places`` and ``config.eval_splits`` with the columns text,
+        or prompt and completion, or messages; and the table of steps. Neither depends on
+        ``num_proc``.
     raises: InputError if a file is bad, or no training or evaluation row is left
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    train, name, collected = _part(config, config.train, "train", config.split, work_dir)
-    table = PreparationTable().add(collected, _filter(train))
+    table = PreparationTable()
+    trains: list[tuple[_Part, Format]] = []
+    for split, of_split in config.train_places.items():
+        train, name, collected = _part(config, of_split, split, config.split, work_dir)
+        table = table.add(collected, _filter(train))
+        trains.append((train, name))
     places, hub_split = evaluation_places(config)
     evaluations: list[tuple[_Part, Format]] = []
     if not places:
+        ((train, name),) = trains
         held_out = _hold_out(train, config.eval_fraction, seed)
         _refuse_single_row(train, held_out, config)
         table = table.add(train.step("hold out"))
         evaluations.append((held_out, name))
     for split, of_split in places.items():
         evaluation, other, collected = _part(config, of_split, split, hub_split, work_dir)
-        if other != name and split == "eval":
-            raise InputError(f"training rows are {name} but evaluation rows are {other}")
+        if split == "eval" and trains[0][0].split == "train" and other != trains[0][1]:
+            raise InputError(f"training rows are {trains[0][1]} but evaluation rows are {other}")
         table = table.add(collected, _filter(evaluation))
         evaluations.append((evaluation, other))
     for evaluation, _ in evaluations:
         table = table.add(_settle_evaluation(evaluation, config, seed))
         _require(evaluation, "evaluation", table)
-    if (share := config.clean.eval_overlap) is not None:
-        for evaluation, other in evaluations:
-            table = table.add(_remove_overlap(train, evaluation, config, (name, other), share))
-    table = table.add(_remove_repeated(train, config))
-    if config.max_train_rows is not None:
-        table = table.add(_sample(train, config.max_train_rows, seed))
-    _require(train, "training", table)
-    held = {evaluation.split: evaluation.selected(other) for evaluation, other in evaluations}
-    return DatasetDict({"train": train.selected(name), **held}), table
+    for train, name in trains:
+        if (share := config.clean.eval_overlap) is not None:
+            for evaluation, other in evaluations:
+                table = table.add(_remove_overlap(train, evaluation, config, (name, other), share))
+        table = table.add(_remove_repeated(train, config))
+        if config.max_train_rows is not None:
+            table = table.add(_sample(train, config.max_train_rows, seed))
+        _require(train, "training", table)
+    parts = [*trains, *evaluations]
+    return DatasetDict({part.split: part.selected(name) for part, name in parts}), table
 
 
 def text_iterator(rows: Dataset | DatasetDict) -> Iterator[str]:
     """Every text of the (training) rows, one by one, to train a tokenizer on."""
-    for row in rows["train"] if isinstance(rows, DatasetDict) else rows:
-        for value in row.values():
-            yield from _strings(value)
+    splits = [rows]
+    if isinstance(rows, DatasetDict):
+        splits = [part for split, part in rows.items() if split.startswith("train")]
+    for part in splits:
+        for row in part:
+            for value in row.values():
+                yield from _strings(value)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -165,8 +176,13 @@ def evaluation_places(config: DataConfig) -> tuple[dict[str, list[str]], str]:
     if config.eval_places:
         return config.eval_places, config.eval_split or "validation"
     if config.eval_split is None:
+        if isinstance(config.train, dict):
+            raise InputError(
+                "data.train has several sets, of which no evaluation rows are held out: give "
+                "data.eval"
+            )
         return {}, ""
-    places = [config.train] if isinstance(config.train, str) else config.train
+    places = config.train_places.get("train", [])
     if hub_id(places) is None:
         raise InputError(
             "data.eval_split names a split of a Hub data set, but data.train is local: "

@@ -85,7 +85,7 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
         rows, table = clean_rows(config, seed=seed, work_dir=work_dir)
         return TaskRows(rows, None, table)
     places, hub_split = evaluation_places(config)
-    train, labels = _read(config, config.train, config.split, task, None, work_dir)
+    train, labels = _read(config, config.train_places["train"], config.split, task, None, work_dir)
     table = PreparationTable().add(Step("collect", "train", len(train)))
     keys = _hashes(train, UNITS[task])
     held_out: dict[str, Dataset] = {}

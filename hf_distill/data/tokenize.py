@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data.chat import Annotated, assistant_turns, completion_of, template
@@ -37,10 +37,12 @@ def tokenize_rows(
 
     rows, table: as ``clean_rows`` returns them; the table is continued
     returns: splits with ``input_ids`` and ``labels`` (int32, unpadded; ``IGNORE`` where nothing is
-        to be learnt), and ``position_ids`` where packed documents must not see each other
+        to be learnt), and ``position_ids`` where packed documents must not see each other. Several
+        sets of training rows are one split, ``train``, one set after the other
     raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
     """
     splits: dict[str, Dataset] = {}
+    training = [_format(part) for split, part in rows.items() if split.startswith("train")]
     for split, part in rows.items():
         name = _format(part)
         chat = name in ("chat", "chat_completion")
@@ -53,14 +55,20 @@ def tokenize_rows(
                 "raise it or give other rows"
             )
         if config.packing:
+            # Rows of text beside rows of chats must have the same columns.
+            apart = name != "text" or set(training) != {"text"}
             within = config.packing_attention == "within" or (
-                config.packing_attention == "auto" and name != "text"
+                config.packing_attention == "auto" and apart
             )
             annotated, step = pack(
                 annotated, split, config.max_length, whole=name != "text", within=within
             )
             table = table.add(step)
         splits[split] = annotated
+    sets = [split for split in splits if split.startswith("train/")]
+    if sets:
+        train = concatenate_datasets([splits.pop(split) for split in sets])
+        splits = {"train": train, **splits}
     return DatasetDict(splits), table
 
 

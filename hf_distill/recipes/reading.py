@@ -161,9 +161,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     for name in parents:
         # A string stands for {model: string}; a key below it opens the section it stands for. Sets
-        # of evaluation rows replace files without a name.
+        # of rows replace files without a name.
         inner = values.get(name)
-        section = {} if name == "eval" else {"model": inner}
+        section = {} if name in ("train", "eval") else {"model": inner}
         inner = dict(inner or {}) if not isinstance(inner, str | list) else section
         values[name] = inner
         values = inner

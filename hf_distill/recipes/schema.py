@@ -43,6 +43,7 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "prompt_column": _CAUSAL,
     "completion_column": _CAUSAL,
     "messages_column": _CAUSAL,
+    "prompts_as_chat": _CAUSAL,
     "separator": _CAUSAL,
     "packing": _CAUSAL,
     "packing_attention": _CAUSAL,
@@ -487,6 +488,11 @@ class Recipe(Section):
             raise ValueError(
                 f"has the task {self.task} and data.format {given}, but that task takes {formats}: "
                 "leave data.format out"
+            )
+        if self.task != "causal-lm" and isinstance(self.data.train, dict):
+            raise ValueError(
+                f"has several sets in data.train, which are for causal-lm and not for {self.task}: "
+                "give a list of files"
             )
         for name, tasks in DATA_KEYS.items():
             default = type(self.data).model_fields[name].get_default(call_default_factory=True)

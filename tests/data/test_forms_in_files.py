@@ -177,3 +177,16 @@ def test_only_the_messages_of_the_completion_are_learnt(
         assert learnt == f"{word * 2}<|endoftext|>\n"
         whole = tokenizer.apply_chat_template(given["prompt"] + given["completion"], tokenize=False)
         assert tokenizer.decode(row["input_ids"]) == whole
+
+
+def test_prompts_and_completions_as_turns_of_a_chat(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "who?", "answer": "he"}\n{"question": "what?", "answer": "it"}\n')
+    config = DataConfig(train=str(path), prompts_as_chat=True)
+    rows, name, mapping = collect(config, str(path), "train", tmp_path / "work")
+    assert name == "chat_completion"
+    assert mapping == "question -> prompt, answer -> completion; turns of a chat"
+    assert rows[1] == {
+        "prompt": [{"role": "user", "content": "what?"}],
+        "completion": [{"role": "assistant", "content": "it"}],
+    }

@@ -13,8 +13,10 @@ from test_task_recipes import rows_of, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import evaluate_student
-from hf_distill.data import DataConfig, clean_rows, read_task_rows
+from hf_distill.data import CleanConfig, DataConfig, clean_rows, read_task_rows, tokenize_rows
 from hf_distill.errors import InputError
+from hf_distill.losses.targets import IGNORE
+from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.recipes import load_recipe
 
 SETS = ("stories", "news")
@@ -150,3 +152,49 @@ def test_rows_of_other_tasks(tmp_path: Path) -> None:
     assert {split: len(of_split) for split, of_split in found.rows.items()} == {
         "train": 33, "eval/first": 4, "eval/second": 3,
     }  # fmt: skip
+
+
+def test_training_sets_of_text_and_chats_become_one_split(tmp_path: Path) -> None:
+    lines = [f"row {n} of text" for n in range(9)]
+    text = write(tmp_path / "text.jsonl", [{"text": line} for line in lines])
+    question = {"role": "user", "content": "say it"}
+    chats = [[question, {"role": "assistant", "content": f"it is {n}"}] for n in range(9)]
+    chat = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in chats])
+    held_out = [{"text": lines[3]}, {"text": "say it\nit is 4"}]
+    evaluation = write(tmp_path / "eval.jsonl", held_out)
+    config = DataConfig(
+        train={"text": str(text), "chat": str(chat)},
+        eval={"held-out": str(evaluation)},
+        max_train_rows=6,
+        max_length=24,
+        clean=CleanConfig(near_duplicates=None),
+    )
+    rows, table = clean_rows(config, seed=0, work_dir=tmp_path / "work")
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train/text": 6, "train/chat": 6, "eval/held-out": 2,
+    }  # fmt: skip
+    assert lines[3] not in rows["train/text"]["text"]
+    assert chats[4] not in rows["train/chat"]["messages"]
+    tokenizer = train_tokenizer([*lines, *(f"it is {n} say" for n in range(9))], 270)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokens, _ = tokenize_rows(rows, tokenizer, config, table)
+    assert list(tokens) == ["train", "eval/held-out"]
+    train = tokens["train"]
+    assert set(train.column_names) == {"input_ids", "labels", "position_ids"}
+    spelt = [tokenizer.decode(ids) for ids in train["input_ids"]]
+    learnt = "".join(
+        tokenizer.decode([label for label in labels if label != IGNORE])
+        for labels in train["labels"]
+    )
+    for line in rows["train/text"]["text"]:
+        assert line.removeprefix("row") in learnt  # the first token of a document is not
+    for messages in rows["train/chat"]["messages"]:
+        assert messages[1]["content"] in learnt
+    assert any("user: say it" in text for text in spelt)
+    assert "say it" not in learnt
+    alone = config.model_copy(update={"eval": None})
+    with pytest.raises(InputError, match="several sets, of which no evaluation rows are held out"):
+        clean_rows(alone, seed=0, work_dir=tmp_path / "work")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -297,7 +297,7 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         model_name=recipe.name,
         teacher=recipe.teacher.model or teacher,
         initial_from=recipe.student.model or _new(recipe) or student,
-        dataset=_named(recipe.data.train),
+        dataset=_named(recipe.data.train_places.values()),
         objective=_objective(told["train"]),
         metrics=metrics,
         training={"seed": recipe.seed} | _training(recipe, told["train"]),
@@ -315,9 +315,9 @@ def _new(recipe: Recipe) -> str | None:
     return f"a {config['model_type']} with random weights" if config else None
 
 
-def _named(places: str | list[str]) -> list[str]:
+def _named(sets: Iterable[list[str]]) -> list[str]:
     """Readable names of the training data."""
-    listed = [places] if isinstance(places, str) else places
+    listed = [place for places in sets for place in places]
     return ["Python's standard library" if "{stdlib}" in place else place for place in listed]
 
 

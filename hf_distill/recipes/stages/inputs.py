@@ -249,10 +249,10 @@ def data_stamp(config: DataConfig) -> list[Any]:
 
 
 def _places(config: DataConfig) -> list[list[str]]:
-    """The places of the training rows, of rows without labels, and of each evaluation set."""
-    given = [places for places in (config.train, config.unlabelled) if places]
-    listed = [[places] if isinstance(places, str) else places for places in given]
-    return [*listed, *config.eval_places.values()]
+    """The places of each set of training rows, of rows without labels, of each evaluation set."""
+    alone = config.unlabelled
+    unlabelled = [] if alone is None else [[alone] if isinstance(alone, str) else alone]
+    return [*config.train_places.values(), *unlabelled, *config.eval_places.values()]
 
 
 def model_stamp(name: str | None) -> Any:
