@@ -25,6 +25,11 @@ tokenize_task_rows  raw rows of a model's task to token ids and labels; TaskToke
 is_raw_for          whether rows are raw rows of a task
 TaskCollator        rows of a task to batches of tensors
 
+Prompts without completions:
+holds_prompts       whether rows hold prompts alone
+tokenize_prompts    prompts to token ids
+TEACHER_PROMPT, TEACHER_PROMPT_IDS      the columns with what a teacher reads in their place
+
 For all:
 collator, Collator  rows to batches of tensors
 require_rows, check_max_length     errors for too few rows and for too long rows
@@ -36,6 +41,12 @@ from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
 from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_splits
+from hf_distill.data.prompt_rows import (
+    TEACHER_PROMPT,
+    TEACHER_PROMPT_IDS,
+    holds_prompts,
+    tokenize_prompts,
+)
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
 from hf_distill.data.task_collators import TaskCollator, mask_rows
 from hf_distill.data.task_forms import (
@@ -66,6 +77,8 @@ from hf_distill.data.tokenize import tokenize_rows
 
 __all__ = [
     "FORMS",
+    "TEACHER_PROMPT",
+    "TEACHER_PROMPT_IDS",
     "CleanConfig",
     "Collator",
     "DataConfig",
@@ -80,6 +93,7 @@ __all__ = [
     "clean_rows",
     "collator",
     "find_form",
+    "holds_prompts",
     "is_raw",
     "is_raw_for",
     "known_task_forms",
@@ -96,6 +110,7 @@ __all__ = [
     "require_rows",
     "text_iterator",
     "tokenize_labelled",
+    "tokenize_prompts",
     "tokenize_questions",
     "tokenize_raw_rows",
     "tokenize_rows",

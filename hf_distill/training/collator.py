@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from hf_distill.data import TaskCollator
+from hf_distill.data import TEACHER_PROMPT_IDS, TaskCollator
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.vocabulary import known_ids
@@ -57,10 +57,14 @@ class CheckingCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         given = [name for name in WEIGHTS if name in self.weighted or _any_has(rows, name)]
-        plain = [_without(row, given) for row in rows] if given else list(rows)
+        prompts = [TEACHER_PROMPT_IDS] if _any_has(rows, TEACHER_PROMPT_IDS) else []
+        taken = given + prompts
+        plain = [_without(row, taken) for row in rows] if taken else list(rows)
         batch = self.collator(plain)
         for name in given:
             batch[name] = _weights(name, rows, batch)
+        for name in prompts:
+            batch[name] = [row.get(name) and list(row[name]) for row in rows]
         index = self.check(batch)
         if self.indexed and index is not None:
             batch[TARGET_INDEX] = TargetIndex(index)

@@ -8,9 +8,17 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data import Collator, collator, find_form, is_raw, tokenize_raw_rows
+from hf_distill.data import (
+    TEACHER_PROMPT,
+    Collator,
+    collator,
+    find_form,
+    holds_prompts,
+    is_raw,
+    tokenize_prompts,
+    tokenize_raw_rows,
+)
 from hf_distill.data.forms import known_forms
-from hf_distill.data.prompt_rows import TEACHER_PROMPT, holds_prompts, tokenize_prompts
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.loading import local_tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
 from hf_distill.losses.divergences import Divergence
 from hf_distill.losses.objective import Objective
@@ -158,7 +159,8 @@ def make_teacher(
 
 def own_columns(task: Task, recorded: Header | None) -> set[str]:
     """The columns of a data set that are for the objective, not for the student's forward."""
-    return {*WEIGHTS, *task.withheld, *([] if recorded is None else [COLUMN])}
+    more = [] if recorded is None else [COLUMN]
+    return {*WEIGHTS, TEACHER_PROMPT_IDS, *task.withheld, *more}
 
 
 def allow_wrapping(trainer: Any) -> None:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset
-from on_policy_setup import by_hand, check_step, make, one_step
+from on_policy_setup import Watching, by_hand, check_step, make, one_step
 from torch import Tensor
 from trainer_setup import make_rows, small_model
 
@@ -154,3 +154,52 @@ def test_two_skewed_sides(tmp_path: Path) -> None:
     check_step(log, gradient, by_hand(small_model(0), seen, judge, alpha=0.8))
     assert log["skew_forward_kl"] > 0
     assert log["written_skew_reverse_kl"] > 0
+
+
+# ---- A teacher that sees more ----
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_teacher_reads_its_own_prompt(share: float, tmp_path: Path) -> None:
+    teacher, rows = small_model(1), make_rows(8, 0)
+    more: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        row["labels"] = [-100, -100, *row["input_ids"][2:]]
+        row["teacher_prompt_ids"] = [3 + number, 4, 5, *row["input_ids"][:2]]
+        more[tuple(row["input_ids"][:2])] = row["teacher_prompt_ids"]
+    seen, log, gradient = one_step(
+        tmp_path, rows=rows, teacher=teacher, on_policy=share, alpha=0.7, data_collator=COLLATE,
+        divergence="reverse_kl", per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    assert len({bool(row["ce_weight"]) for row in seen}) == (1 if share == 1.0 else 2)
+    expected = by_hand(
+        small_model(0),
+        seen,
+        lambda _: (teacher, divergence("reverse_kl")),
+        alpha=0.7,
+        seen_by_teacher=lambda row: more[tuple(row["input_ids"][:2])] + row["input_ids"][2:],
+    )
+    check_step(log, gradient, expected)
+
+
+def test_raw_prompts_of_a_teacher(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    models = [small_model(seed, vocab_size=300, n_positions=64) for seed in (0, 1)]
+    read: list[str] = []
+
+    class Asking(Watching):
+        def teacher_inputs(self, inputs: Any) -> Any:
+            read.extend(tiny_tokenizer.batch_decode(inputs["input_ids"]))
+            return inputs
+
+    rows = [{"prompt": "the quick", "teacher_prompt": "a dog said: the quick"}] * 4
+    options: dict[str, Any] = {
+        "model": models[0], "teacher": models[1], "data_collator": None, "kind": Asking,
+        "processing_class": tiny_tokenizer, "on_policy": 1.0, "max_steps": 1,
+    }  # fmt: skip
+    make(tmp_path, rows=rows, **options).train()
+    assert len(read) == 4
+    assert all(text.startswith("a dog said: the quick") for text in read)
+    with pytest.raises(InputError, match="leave out the column 'completion'"):
+        make(tmp_path, rows=[row | {"completion": "x"} for row in rows], **options)
+    with pytest.raises(InputError, match="leave out recordings and replay"):
+        make(tmp_path, rows=rows, replay=0.5, **options).train()

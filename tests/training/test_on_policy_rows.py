@@ -102,7 +102,7 @@ def test_a_long_prompt_leaves_fewer_new_tokens_to_itself_only(tmp_path: Path) ->
 def test_a_prompt_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
     rows = long_rows([5, 31, 8, 9])
     rows[1] = {"input_ids": rows[1]["input_ids"], "labels": [-100] * 32}  # a prompt of 32 tokens
-    with pytest.raises(InputError, match="a prompt has 32 tokens, but student and teacher have 32"):
+    with pytest.raises(InputError, match="a prompt has 32 tokens, but the student has 32"):
         make(tmp_path, rows=rows, on_policy=1.0, max_steps=1).train()
 
 

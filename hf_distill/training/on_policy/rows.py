@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_distill.data import TEACHER_PROMPT_IDS
+from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX
 
 # The entries of a batch that are made anew. Others cannot be: nobody knows how.
 KNOWN = {"input_ids", "attention_mask", "labels", "ce_weight", "divergence_weight", TARGET_INDEX}
-KNOWN |= {"decoder_input_ids", "decoder_attention_mask", *ALL_NAMES}
+KNOWN |= {"decoder_input_ids", "decoder_attention_mask", TEACHER_PROMPT_IDS, *ALL_NAMES}
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Row:
     ids, labels: of the data, for an encoder-decoder source and target
     prompt: what the student continues
     recorded: the teacher's recording by name, (positions, ...) each
+    teacher_prompt: what the teacher reads in place of the prompt
     completion: what the student has written; None where the row is one of the data
     """
 
@@ -32,6 +35,7 @@ class Row:
     labels: list[int]
     prompt: list[int]
     recorded: dict[str, Tensor] = field(default_factory=dict)
+    teacher_prompt: list[int] | None = None
     completion: list[int] | None = None
 
     @property
@@ -52,6 +56,24 @@ class Row:
         before = [] if encoder_decoder else [IGNORE] * len(self.prompt)
         return before + self.completion
 
+    def for_teacher(self, encoder_decoder: bool) -> Row:
+        """The row with the teacher's prompt in place of the student's, and the same targets."""
+        prompt = self.teacher_prompt
+        if prompt is None:
+            raise InputError(
+                f"a row has no {TEACHER_PROMPT_IDS}, but others have: give one to each"
+            )
+        if self.written or encoder_decoder:
+            return replace(self, ids=prompt, prompt=prompt)
+        start = len(self.prompt)
+        if any(label != IGNORE for label in self.labels[1:start]):
+            raise InputError(
+                f"a row with {TEACHER_PROMPT_IDS} has labels in its prompt, where the teacher "
+                "reads something else: set labels to -100 there"
+            )
+        labels = [IGNORE] * len(prompt) + self.labels[start:]
+        return replace(self, ids=prompt + self.ids[start:], labels=labels)
+
 
 def read_rows(batch: Mapping[str, Any], *, encoder_decoder: bool, prompt_tokens: int) -> list[Row]:
     """The rows of a padded batch.
@@ -61,6 +83,7 @@ def read_rows(batch: Mapping[str, Any], *, encoder_decoder: bool, prompt_tokens:
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     mask = batch.get("attention_mask")
     masks = torch.ones_like(batch["input_ids"]).tolist() if mask is None else mask.tolist()
+    prompts = batch.get(TEACHER_PROMPT_IDS) or [None] * len(ids)
     tables = {name: batch[name].cpu() for name in ALL_NAMES if name in batch}
     found = []
     for number, (row, label, seen) in enumerate(zip(ids, labels, masks, strict=True)):
@@ -70,7 +93,7 @@ def read_rows(batch: Mapping[str, Any], *, encoder_decoder: bool, prompt_tokens:
         prompt = real if encoder_decoder else _prompt(real, wanted, prompt_tokens)
         places = torch.tensor(kept)
         recorded = {name: table[number][places] for name, table in tables.items()}
-        found.append(Row(real, wanted, prompt, recorded))
+        found.append(Row(real, wanted, prompt, recorded, prompts[number]))
     return found
 
 

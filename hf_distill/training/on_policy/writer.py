@@ -21,6 +21,7 @@ import xxhash
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import is_sharded
@@ -59,6 +60,7 @@ class OnPolicy:
         self._texts: list[Text] = []  # since the last log, of all processes
         self._troubles = Troubles()
         self._kept: KeptTexts | None = None
+        self._teacher_prompts = False
 
     def write(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Replace rows in the micro-batches of one optimizer step, in place.
@@ -69,6 +71,7 @@ class OnPolicy:
         args = self.trainer.args
         if not self.wanted or not batches:
             return {}
+        self._teacher_prompts = TEACHER_PROMPT_IDS in batches[0]
         self._check(batches)
         if self.trainer.state is not self._state:  # another training, or one that goes on
             self._state, self._texts = self.trainer.state, []
@@ -118,15 +121,13 @@ class OnPolicy:
             return {}
         judging = seconds.get("judging", 0.0)
         self._sample(texts)
-        return (
-            found
-            | judgement(self.trainer, texts, self.pad_token_id)
-            | {
-                "writing_seconds": seconds.get("writing", 0.0),
-                "judging_seconds": judging,
-                "learning_seconds": seconds.get("step", 0.0) - judging,
-            }
-        )
+        if not self._teacher_prompts:  # the texts alone do not tell what the teacher has read
+            found |= judgement(self.trainer, texts, self.pad_token_id)
+        return found | {
+            "writing_seconds": seconds.get("writing", 0.0),
+            "judging_seconds": judging,
+            "learning_seconds": seconds.get("step", 0.0) - judging,
+        }
 
     def _sample(self, texts: list[Text]) -> None:
         """Put a text into the trainer's log history, every `sample_steps` steps."""
@@ -179,7 +180,7 @@ class OnPolicy:
     def apart(self) -> bool:
         """Whether the student's text and data rows are judged in different ways."""
         named = self.trainer.args.on_policy_divergence
-        return self.trainer._recorded is not None or named is not None
+        return self.trainer._recorded is not None or named is not None or self._teacher_prompts
 
     @property
     def pad_token_id(self) -> int:
@@ -195,7 +196,7 @@ class OnPolicy:
         step, texts = self.trainer.state.global_step + 1, []
         order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
         with self._writing() as model:
-            for length, group in groupby(order, key=lambda row: self._room(len(row.prompt))):
+            for length, group in groupby(order, key=self._room):
                 same, generator = list(group), self._generator(model, length)
                 for at in range(0, len(same), ROWS_AT_A_TIME):
                     part = same[at : at + ROWS_AT_A_TIME]
@@ -206,21 +207,24 @@ class OnPolicy:
                         texts.append(Text(step, tuple(row.prompt), tuple(ids), finished))
         return sorted(gather_object(texts))
 
-    def _room(self, prompt: int) -> int:
-        """How many tokens can be written after a prompt of this length."""
-        args, limits = self.trainer.args, [self.trainer._loss.student.position_limit]
+    def _room(self, row: Row) -> int:
+        """How many tokens can be written after a row's prompt, and its teacher's."""
+        most: int = self.trainer.args.max_new_tokens
+        theirs = row.prompt if row.teacher_prompt is None else row.teacher_prompt
         runner = getattr(self.trainer.teacher, "runner", None)
-        limits.append(getattr(runner, "position_limit", None))
-        known = [limit for limit in limits if limit is not None]
-        if not known or self.encoder_decoder:
-            return args.max_new_tokens
-        room = min(known) - prompt
-        if room < 1:
-            raise InputError(
-                f"a prompt has {prompt} tokens, but student and teacher have {min(known)} "
-                "positions, so that nothing can be written: cut the prompts shorter"
-            )
-        return min(args.max_new_tokens, room)
+        for role, prompt, limit in (
+            ("student", row.prompt, self.trainer._loss.student.position_limit),
+            ("teacher", theirs, getattr(runner, "position_limit", None)),
+        ):
+            if limit is None or self.encoder_decoder:
+                continue
+            if len(prompt) >= limit:
+                raise InputError(
+                    f"a prompt has {len(prompt)} tokens, but the {role} has {limit} positions, so "
+                    "that nothing can be written: cut the prompts shorter"
+                )
+            most = min(most, limit - len(prompt))
+        return most
 
     def _generator(self, model: Any, length: int) -> Generator:
         args, student = self.trainer.args, self.trainer._loss.student
@@ -289,6 +293,7 @@ class OnPolicy:
 
     def _replace(self, batch: dict[str, Any], rows: list[Row]) -> None:
         """Give a batch its written rows, and the weights that all batches of the step have."""
+        batch.pop(TEACHER_PROMPT_IDS, None)
         device, weight = batch["input_ids"].device, batch.get("ce_weight")
         weights = [1.0] * len(rows) if weight is None else weight.tolist()
         weights = [0.0 if row.written else one for row, one in zip(rows, weights, strict=True)]
@@ -317,6 +322,10 @@ class OnPolicy:
             asked, asked_index = self._asked([row for row in rows if row.written] or rows[:1])
             if not own_rows.any():
                 asked_index = asked_index[:0]
+        elif self._teacher_prompts:
+            asked, asked_index = self._asked(
+                [row.for_teacher(self.encoder_decoder) for row in rows]
+            )
         return Written(
             own_rows.to(device),
             own.nonzero()[:, 0].to(device),
@@ -354,6 +363,11 @@ class OnPolicy:
             raise InputError(
                 "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
                 "instead of ZeRO-3 or FSDP"
+            )
+        if self._teacher_prompts and (trainer._recorded is not None or trainer.args.replay):
+            raise InputError(
+                f"{TEACHER_PROMPT_IDS} needs a live teacher for each row and its own prompt: leave "
+                "out recordings and replay"
             )
         if "position_ids" in names:
             raise InputError("on_policy needs one document a row: set packing to False")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.losses.divergences import Divergence, named_divergence
 from hf_distill.losses.objective import Objective
 from hf_distill.losses.parts import Part, at
@@ -30,7 +31,7 @@ class Written:
     own, data: int64, the places of their targets among all targets of the batch, ascending
     asked: the batch that the live teacher sees, with labels; None for the student's own batch
     asked_index: the target index of `asked`. Its targets, in their order, are those of `own` where
-        the rows of the data have recordings, else all
+        the rows of the data have recordings, else all of the student's batch
     divergence: of the student's own text, see `own_divergence`; None for that of the data rows
     """
 
@@ -57,13 +58,14 @@ def judged_apart(
     signals: list[Any] = [None, None]
     if objective.alpha > 0:
         recorded = recorded_signal(batch, targets)
-        if written.asked is None:
-            inputs = loss.task.model_inputs(without_recording(batch))
-            everywhere = loss.asked(loss.teacher_inputs(inputs), targets)
+        inputs, asked = loss.task.model_inputs(without_recording(batch)), targets
+        if written.asked is not None:
+            inputs, asked = written.asked_inputs(loss.task)
+        if recorded is None:
+            everywhere = loss.asked(loss.teacher_inputs(inputs), asked)
             signals = [at(everywhere, written.own), at(everywhere, written.data)]
         else:
-            inputs, asked = written.asked_inputs(loss.task)
-            signals = [None, None if recorded is None else at(recorded, written.data)]
+            signals[1] = at(recorded, written.data)
             if len(asked) or getattr(loss.teacher, "together", False):
                 signals[0] = loss.asked(loss.teacher_inputs(inputs), asked)
     name, function = written.divergence or (objective.name, objective.divergence)
@@ -85,6 +87,7 @@ def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence | None] | N
 
 
 def without_written(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Written | None]:
-    """A batch without this entry, and the entry."""
-    rest = {name: value for name, value in batch.items() if name != WRITTEN}
+    """A batch without what only on-policy rows have, and the entry `WRITTEN`."""
+    ours = (WRITTEN, TEACHER_PROMPT_IDS)  # the latter in evaluation, which asks as the student
+    rest = {name: value for name, value in batch.items() if name not in ours}
     return rest, batch.get(WRITTEN)
