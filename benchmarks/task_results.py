@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,35 @@ class Results:
     path: made with its folder where it does not exist. A last line without its end, as a kill
         leaves it, is removed
     show: called with each row, measured or found in the file
+    models: which to measure, by default all
     """
 
-    def __init__(self, path: Path, show: Callable[[Row], None] = lambda row: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        show: Callable[[Row], None] = lambda row: None,
+        models: Collection[str] = (),
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             os.truncate(path, len(whole.encode()))
-        self._path, self._show = path, show
+        self._path, self._show, self._models = path, show, models
         self._found = {_key(row): row for row in map(json.loads, whole.splitlines())}
         self.rows: list[Row] = []
 
     def add(
         self, identity: Mapping[str, Any], metric: str, measured: Callable[[], dict[str, Any]]
-    ) -> Row:
+    ) -> Row | None:
         """The row of an identity: from the file, otherwise measured and written.
 
         identity: the values of `IDENTITY`
         metric: the name of the row's `value` among the measured figures
+        returns: None for a model that is not to be measured
         """
+        if self._models and identity["model"] not in self._models:
+            return None
         row = self._found.get(_key(identity))
         if row is None:
             start = time.perf_counter()

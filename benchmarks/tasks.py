@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py --json
     python benchmarks/tasks.py --task banking77 rt_polarity --seeds 0 1 2 --out FILE
-    python benchmarks/tasks.py --task banking77 --seeds 0 --set layers=influence epochs=1
+    python benchmarks/tasks.py --task banking77 --model distilled --seeds 0 --set temperature=4
 
 The data are found through HF_DISTILL_DATA (by default ../shared/data). A task has one teacher,
 trained here with seed 0. Its students start from the same weights and take the same number of steps
@@ -66,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON row a line")
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--model", nargs="+", default=[], help="such as baseline; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/tasks.jsonl"), help="the rows")
     parser.add_argument("--work", type=Path, default=CACHE, help="downloads, teachers, recordings")
@@ -76,7 +77,9 @@ def main() -> None:
     torch.set_num_threads(1)
     place = Place(data_folder(), options.work, options.encoder)
     results = Results(
-        options.out, lambda row: print(json.dumps(row), flush=True) if options.json else None
+        options.out,
+        lambda row: print(json.dumps(row), flush=True) if options.json else None,
+        options.model,
     )
     for name in options.task:
         kind, plan = TASKS[name]
