@@ -81,7 +81,7 @@ FIGURES = (
     Figure("rouge1", "ROUGE-1", "", "higher", True),
     Figure("rouge2", "ROUGE-2", "", "higher", True),
     Figure("rougeL", "ROUGE-L", "", "higher", True),
-    Figure("rougeLsum", "ROUGE-L of lines", "", "higher", True),
+    Figure("rougeLsum", "ROUGE-Lsum", "", "higher", True),
     Figure("bleu", "BLEU", "of 100", "higher", True),
     Figure("brevity_penalty", "BLEU's brevity penalty"),
     Figure("chrf", "chrF", "of 100", "higher", True),

@@ -85,6 +85,7 @@ def curves(
     _over_steps(axes, points, () if teacher is None else (teacher,))
     if key in BY_KEY and BY_KEY[key].percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.01))  # a share is at most 1
     return _svg(figure, f"{title} over the optimizer steps", f"{key} {name}".strip())
 
 

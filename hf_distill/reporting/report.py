@@ -121,7 +121,9 @@ def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str
 
 
 def _gain(figure: Figure, ours: float, theirs: float) -> str:
-    named = figure.label.startswith("KL") or figure.label.isupper() or "-" in figure.label
+    first = figure.label.split()[0]
+    # Abbreviations, such as KL and F1, and names keep their capitals.
+    named = not first[1:].islower() or first in ("Pearson", "Spearman")
     what = figure.label if named else figure.label[0].lower() + figure.label[1:]
     change = f"{change} than" if (change := change_of(figure, ours, theirs)) else "the same as"
     return f"{what} to {figure.text(ours)}, {change} the baseline’s {figure.text(theirs)}"
@@ -270,7 +272,8 @@ def _best(figure: Figure, values: Mapping[str, float | None]) -> str | None:
 def _share(comparison: Mapping[str, Any], name: str, key: str) -> str:
     shares = comparison.get(name) or {}
     value = measured(shares.get("student", shares), key)
-    return "–" if value is None else f"{100 * value:.1f}%"
+    # "+ 0.0" makes 0.0 of -0.0
+    return "–" if value is None else f"{round(100 * value, 1) + 0.0:.1f}%"
 
 
 def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:

@@ -215,6 +215,19 @@ def compared(**figures: tuple[float, float]) -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("f1", "brought F1 of the answers to"),
+        ("bleu", "brought BLEU to"),
+        ("accuracy", "brought accuracy to"),
+        ("pearson", "brought Pearson correlation to"),
+    ],
+)
+def test_abbreviations_keep_their_capitals(key: str, name: str) -> None:
+    assert name in headline(compared(**{key: (0.9, 0.8)}), "T", "S")
+
+
 def test_the_headline_is_honest_either_way() -> None:
     won = headline(compared(perplexity=(87.9, 105.9), kl_to_teacher=(0.2, 0.4)), "T", "S")
     assert won == (
