@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_distill import DistillationArguments, DistillationTrainer, InputError
 from hf_distill.losses.objective import Term
-from hf_distill.training.on_policy.arguments import OnPolicyArguments
+from hf_distill.training.on_policy import OnPolicyArguments
 
 TRAIN, EVAL = make_rows(24, seed=1), make_rows(13, seed=2)
 
@@ -188,7 +188,7 @@ def test_no_option_is_left_out_above() -> None:
     added -= {"max_target_length", "source_prefix", "source_lang", "target_lang", "doc_stride"}
     added -= {"mlm_probability"}
     # What the student writes itself: tests/training/test_on_policy*.py.
-    added -= {f.name for f in fields(OnPolicyArguments)}
+    added -= OnPolicyArguments.names()
     added -= {"features"}  # tests/training/test_features.py
     marks = test_every_option_changes_something.pytestmark  # type: ignore[attr-defined]
     assert added == {name for change in marks[0].args[1] for name in change}

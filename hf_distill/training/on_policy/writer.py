@@ -24,13 +24,13 @@ from torch import Tensor
 from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
 from hf_distill.models.base import base_model
-from hf_distill.models.engines import is_sharded
 from hf_distill.models.generation import Generator
 from hf_distill.recordings.collator import ALL_NAMES
-from hf_distill.tasks import TARGET_INDEX, CausalLM, Seq2SeqLM
+from hf_distill.tasks import TARGET_INDEX, Seq2SeqLM
+from hf_distill.training.on_policy.checks import check
 from hf_distill.training.on_policy.judgement import judgement
 from hf_distill.training.on_policy.kept_rows import KeptTexts, decoded
-from hf_distill.training.on_policy.rows import KNOWN, Row, batch_of, read_rows
+from hf_distill.training.on_policy.rows import Row, batch_of, read_rows
 from hf_distill.training.on_policy.share import share_now
 from hf_distill.training.on_policy.texts import Stopwatch, Text, Troubles, text_figures
 from hf_distill.training.on_policy.written import (
@@ -72,7 +72,7 @@ class OnPolicy:
         if not self.wanted or not batches:
             return {}
         self._teacher_prompts = TEACHER_PROMPT_IDS in batches[0]
-        self._check(batches)
+        check(self.trainer, batches[0])
         if self.trainer.state is not self._state:  # another training, or one that goes on
             self._state, self._texts = self.trainer.state, []
             self._troubles, self._kept = Troubles(), None
@@ -340,41 +340,3 @@ class OnPolicy:
         made = batch_of(rows, self.pad_token_id, encoder_decoder=self.encoder_decoder)
         made = {name: part for name, part in made.items() if name not in ALL_NAMES}
         return made, self.trainer._loss.task.target_index(made)
-
-    def _check(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """InputError for what cannot be written on."""
-        trainer, names = self.trainer, set(batches[0])
-        if not isinstance(trainer._loss.task, CausalLM | Seq2SeqLM):
-            raise InputError(
-                f"on_policy needs a student that writes, not {trainer._loss.task.name}"
-            )
-        if trainer.args.on_policy_raise and trainer.args.eval_strategy == "no":
-            raise InputError(
-                "on_policy_raise follows the loss of evaluations, but eval_strategy is 'no': set "
-                "it to 'steps' or 'epoch', or on_policy_raise to 0"
-            )
-        if trainer.teacher is None:
-            beside = ", beside the recordings of the data rows" if trainer._recorded else ""
-            raise InputError(
-                "on_policy needs a live teacher to judge what the student writes: pass teacher="
-                f"{beside}"
-            )
-        if is_sharded(trainer.model_wrapped):
-            raise InputError(
-                "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
-                "instead of ZeRO-3 or FSDP"
-            )
-        if self._teacher_prompts and (trainer._recorded is not None or trainer.args.replay):
-            raise InputError(
-                f"{TEACHER_PROMPT_IDS} needs a live teacher for each row and its own prompt: leave "
-                "out recordings and replay"
-            )
-        if "position_ids" in names:
-            raise InputError("on_policy needs one document a row: set packing to False")
-        if further := sorted(names - KNOWN):
-            raise InputError(
-                f"on_policy makes rows anew and knows nothing of {further[0]!r}: leave out that "
-                "column"
-            )
-        if batches[0].get("labels") is None:
-            raise InputError("on_policy needs labels, before whose first the prompt stands")

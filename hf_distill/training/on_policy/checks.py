@@ -1,0 +1,51 @@
+"""Which trainers and rows allow a student to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_distill.data import TEACHER_PROMPT_IDS
+from hf_distill.errors import InputError
+from hf_distill.models.engines import is_sharded
+from hf_distill.tasks import CausalLM, Seq2SeqLM
+from hf_distill.training.on_policy.rows import KNOWN
+
+
+def check(trainer: Any, batch: Mapping[str, Any]) -> None:
+    """InputError for what the student cannot write on.
+
+    trainer: a `DistillationTrainer`; batch: one of those of a step
+    """
+    names = set(batch)
+    if not isinstance(trainer._loss.task, CausalLM | Seq2SeqLM):
+        raise InputError(f"on_policy needs a student that writes, not {trainer._loss.task.name}")
+    if trainer.args.on_policy_raise and trainer.args.eval_strategy == "no":
+        raise InputError(
+            "on_policy_raise follows the loss of evaluations, but eval_strategy is 'no': set "
+            "it to 'steps' or 'epoch', or on_policy_raise to 0"
+        )
+    if trainer.teacher is None:
+        beside = ", beside the recordings of the data rows" if trainer._recorded else ""
+        raise InputError(
+            "on_policy needs a live teacher to judge what the student writes: pass teacher="
+            f"{beside}"
+        )
+    if is_sharded(trainer.model_wrapped):
+        raise InputError(
+            "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
+            "instead of ZeRO-3 or FSDP"
+        )
+    if TEACHER_PROMPT_IDS in names and (trainer._recorded is not None or trainer.args.replay):
+        raise InputError(
+            f"{TEACHER_PROMPT_IDS} needs a live teacher for each row and its own prompt: leave "
+            "out recordings and replay"
+        )
+    if "position_ids" in names:
+        raise InputError("on_policy needs one document a row: set packing to False")
+    if further := sorted(names - KNOWN):
+        raise InputError(
+            f"on_policy makes rows anew and knows nothing of {further[0]!r}: leave out that column"
+        )
+    if batch.get("labels") is None:
+        raise InputError("on_policy needs labels, before whose first the prompt stands")
