@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 from task_results import BASELINE, TEACHER, Results
-from task_training import Place, by_length, kept, quiet, steps_of, train
+from task_training import Place, accelerator, by_length, kept, quiet, steps_of, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from hf_distill import evaluate_student, load_recording, record, student_from_teacher
@@ -37,7 +36,7 @@ class Plan:
     teacher_learning_rate: float = 3e-4
     learning_rate: float = 3e-4
     batch_size: int = 32
-    initial: Literal["teacher", "encoder"] = "encoder"
+    initial: Literal["teacher", "encoder"] = "teacher"
     layers: Any = "first_and_last"
     num_layers: int = 3
     alpha: float = 0.9
@@ -57,21 +56,21 @@ class Plan:
 
 
 BANKING77 = Plan(
-    "cls/banking77/train.jsonl.gz", "cls/banking77/test.jsonl.gz", teacher_epochs=4, epochs=3
+    "cls/banking77/train.jsonl.gz", "cls/banking77/test.jsonl.gz", teacher_epochs=4, epochs=1
 )
 RT_POLARITY = Plan(
     "cls/rt_polarity/train.jsonl.gz",
     "cls/rt_polarity/valid.jsonl.gz",
     teacher_epochs=2,
-    epochs=2,
+    epochs=1,
     teacher_learning_rate=1e-4,
     learning_rate=1e-4,
 )
 PLANS = {
     "banking77": BANKING77,
     "rt_polarity": RT_POLARITY,
-    "banking77-few": replace(BANKING77, labels_per_class=10, epochs=1.5),
-    "rt_polarity-few": replace(RT_POLARITY, labels_per_class=10, epochs=1),
+    "banking77-few": replace(BANKING77, labels_per_class=10),
+    "rt_polarity-few": replace(RT_POLARITY, labels_per_class=10),
 }
 
 
@@ -141,8 +140,9 @@ class Task:
         """Accuracy and macro F1 on the held-out rows, 0 to 1, and the size."""
         with quiet():
             found = evaluate_student(
-                model, None, self.valid, self.tokenizer, batch_size=32, speed=False
-            )
+                model, None, self.valid, self.tokenizer, batch_size=32, speed=False,
+                accelerator=accelerator(),
+            )  # fmt: skip
         return {name: found[name] for name in ("accuracy", "macro_f1", "ce", "parameters")}
 
     @property
@@ -181,7 +181,7 @@ class Task:
                 record(
                     rows, self.teacher, folder, kind="full", tokenizer=self.tokenizer,
                     data_collator=TaskCollator(SequenceClassification.key, self.tokenizer),
-                    batch_size=32, accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+                    batch_size=32, accelerator=accelerator(),
                 )  # fmt: skip
 
         name = "labelled" if labelled else "unlabelled"

