@@ -26,14 +26,19 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 
 def check_harness(tasks: Sequence[str], include_path: str | None) -> None:
-    """InputError where the harness is missing, or has no such task."""
-    known = _task_manager(tasks, include_path).all_tasks
+    """InputError where the harness is missing, or has no such task, or cannot load its rows."""
+    manager = _task_manager(tasks, include_path)
+    known = manager.all_tasks
     for task in tasks:
         if task not in known:
             near = difflib.get_close_matches(task, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "give the folder of its YAML file"
             where = f" or in {include_path!r}" if include_path else ""
             raise InputError(f"task {task!r} is not in lm_eval{where}: {hint}")
+    try:
+        manager.load(list(tasks))
+    except Exception as error:  # tasks load data and run code of their own
+        raise _unusable(tasks, error) from error
 
 
 def harness_scores(
@@ -71,13 +76,17 @@ def harness_scores(
             bootstrap_iters=RESAMPLES,
             log_samples=False,
         )
-    except Exception as error:  # tasks load data and run code of their own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"lm_eval cannot run {', '.join(tasks)} ({lines[0].rstrip('.')}): check the task's "
-            "YAML file, and whether its rows are on this machine"
-        ) from error
+    except Exception as error:
+        raise _unusable(tasks, error) from error
     return {task: _metrics(scores) for task, scores in found["results"].items()}
+
+
+def _unusable(tasks: Sequence[str], error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(
+        f"lm_eval cannot run {', '.join(tasks)} ({lines[0].rstrip('.')}): check the task's YAML "
+        "file, and whether its rows are on this machine"
+    )
 
 
 def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -190,6 +190,7 @@ COSTS = ("parameters", "decode_tokens_per_s", "examples_per_s")
 LAYERS = {
     "every_other": "every other one of its layers",
     "first_and_last": "its first and last layers",
+    "influence": "its most influential layers",
 }
 
 

@@ -103,6 +103,9 @@ def test_what_is_missing_is_told_before_anything_runs(
     if importlib.util.find_spec("lm_eval") is not None:
         with pytest.raises(InputError, match="is no folder"):
             check_harness(["plants"], str(folder / "other"))
+        (folder / "rows.jsonl").unlink()
+        with pytest.raises(InputError, match="cannot run plants .* whether its rows are on this"):
+            check_harness(["plants"], str(folder))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'hf-distill\[eval\]'"):
         check_harness(["plants"], str(folder))

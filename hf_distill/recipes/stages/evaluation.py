@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,9 @@ def measure(run: Run, result: Path) -> None:
                     max_new_tokens=section.max_new_tokens,
                 )
                 shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
-                if (harness := section.harness) is not None and not shards:
-                    scores[role] = harness_scores(
-                        model,
-                        tokenizer,
-                        harness.tasks,
-                        include_path=harness.include_path,
-                        limit=harness.limit,
-                        batch_size=section.batch_size,
-                        precision=PRECISIONS.get(accelerator.mixed_precision),
-                    )
+            if role not in ("unadapted", "initial") and section.harness is not None and not shards:
+                precision = PRECISIONS.get(accelerator.mixed_precision)
+                scores[role] = run.from_main(partial(_benchmarks, run, model, precision))
         del models
         gc.collect()
         run.state.wait_for_everyone()
@@ -123,6 +117,20 @@ def measure(run: Run, result: Path) -> None:
         if scores:
             facts["harness"] = {"version": version("lm_eval"), "tasks": by_task(scores)}
         _write(run, result, figures, all_costs, facts)
+
+
+def _benchmarks(run: Run, model: Any, precision: torch.dtype | None) -> Scores:
+    section = run.recipe.evaluate
+    assert section.harness is not None
+    return harness_scores(
+        model,
+        tokenizer_of(run),
+        section.harness.tasks,
+        include_path=section.harness.include_path,
+        limit=section.harness.limit,
+        batch_size=section.batch_size,
+        precision=precision,
+    )
 
 
 def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
@@ -178,7 +186,8 @@ def _write(
         facts["sets"] = {
             name: {**sets[split], "comparison": comparisons[split]} for name, split in named.items()
         }
-        run.log(f"  {nearer_sentence(facts['sets'])}")
+        if sentence := nearer_sentence(facts["sets"]):
+            run.log(f"  {sentence}")
     if "harness" in facts:
         run.show(benchmark_table(facts))
     result.write_text(json.dumps({**figures, **facts}, indent=2), encoding="utf-8")
