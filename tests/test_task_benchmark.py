@@ -24,6 +24,15 @@ def identity(**changes: Any) -> dict[str, Any]:
     return {"task": "t", "model": "baseline", "seed": 0, "settings": {"layers": (0, 2)}} | changes
 
 
+def encoder_in(folder: Path) -> Path:
+    """A BERT of three layers with its tokenizer."""
+    logging.set_verbosity_error()  # weights of the head are new
+    word_pieces(model_max_length=128).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=23, num_hidden_layers=3, **sizes)).save_pretrained(folder)
+    return folder
+
+
 def test_a_row_is_measured_once_and_again_with_other_settings(tmp_path: Path) -> None:
     from task_results import Results
 
@@ -91,11 +100,7 @@ def test_a_run_that_was_cut_trains_what_is_missing(
     from task_results import Results
     from task_training import Place
 
-    logging.set_verbosity_error()  # weights of the head are new
-    encoder, data = tmp_path / "encoder", tmp_path / "rows.json"
-    word_pieces(model_max_length=128).save_pretrained(encoder)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=23, num_hidden_layers=3, **sizes)).save_pretrained(encoder)
+    encoder, data = encoder_in(tmp_path / "encoder"), tmp_path / "rows.json"
     words = ("cat", "dog")
     rows = [{"text": f"the {words[n % 2]} sat .", "label": words[n % 2]} for n in range(24)]
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -129,3 +134,63 @@ def test_a_run_that_was_cut_trains_what_is_missing(
     assert trained[3:] == [(6, 0.0), (24, 0.9)]
     assert both[:3] == first
     assert [row["seed"] for row in both] == [0, 0, 0, 1, 1]
+
+
+def test_texts_are_learnt_from_tokens_from_sequences_and_from_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import task_texts
+    from task_results import Results
+    from task_training import Place
+
+    rows = [{"translation": {"en": f"the cat {n % 4}", "es": f"el gato {n % 4}"}} for n in range(8)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    plan = replace(
+        task_texts.PLANS["translation"], train=("rows.json",), valid=("rows.json",),
+        config=task_texts.transformer(96, (2, 2), 16), max_source_length=16, max_target_length=8,
+        vocab_size=262, teacher_epochs=1, epochs=1, batch_size=4,
+    )  # fmt: skip
+    targets: list[tuple[bool, Any]] = []
+    whole = task_texts.train
+
+    def seen(model: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        targets.append((kwargs.get("teacher") is not None, tokens["labels"]))
+        return whole(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(task_texts, "train", seen)
+    place, results = Place(tmp_path, tmp_path / "work"), Results(tmp_path / "rows.jsonl")
+    task = task_texts.Task("texts", plan, place)
+    task.run(results, [0])
+    models = ["teacher", "baseline", "token", "sequence", "token+sequence"]
+    assert [row["model"] for row in results.rows] == models
+    assert all(row["value"] == row["metrics"]["bleu"] for row in results.rows)
+    true, written = targets[0][1], targets[3][1]
+    assert true != written  # what the teacher wrote after two steps
+    expected = [(False, true), (False, true), (True, true), (False, written), (True, written)]
+    assert targets == expected
+
+
+def test_questions_have_a_live_teacher(tmp_path: Path) -> None:
+    import task_questions
+    from task_results import Results
+    from task_training import Place
+
+    rows = [
+        {
+            "question": "who sat ?",
+            "context": f"the {'red ' * (n % 4)}cat sat on the mat .",
+            "answers": {"text": ["cat"], "answer_start": [4 + 4 * (n % 4)]},
+        }
+        for n in range(12)
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    plan = task_questions.Plan(
+        files=("rows.json",), teacher_epochs=1, epochs=1, num_layers=2, max_length=32, stride=8
+    )
+    place = Place(tmp_path, tmp_path / "work", encoder_in(tmp_path / "encoder"))
+    results = Results(tmp_path / "rows.jsonl")
+    task_questions.Task("questions", plan, place).run(results, [3])
+    assert [(row["model"], row["seed"]) for row in results.rows] == [
+        ("teacher", 0), ("baseline", 3), ("distilled", 3),
+    ]  # fmt: skip
+    assert all(row["value"] == row["metrics"]["f1"] for row in results.rows)
