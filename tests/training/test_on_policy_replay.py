@@ -130,7 +130,8 @@ def test_kill_and_resume_end_alike(options: dict[str, Any], tmp_path: Path) -> N
     assert len(resumed.seen) == 3
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name])
-    assert path.read_text() == (tmp_path / "whole" / "written_rows.jsonl").read_text()
+    same = path.read_text() == (tmp_path / "whole" / "written_rows.jsonl").read_text()
+    assert same  # of the texts themselves, a failure would print a long comparison
     # A training from the beginning forgets the rows of the one before.
     make(tmp_path / "whole", **options | {"max_steps": 1, "on_policy_warmup": 0}).train()
     assert set(hf_distill.written_rows(tmp_path / "whole")["step"]) == {1}
