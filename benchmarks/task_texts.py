@@ -88,10 +88,10 @@ PLANS = {
         max_source_length=48,
         max_target_length=48,
         vocab_size=4000,
-        config=transformer(192, (3, 2), 64),
+        config=transformer(192, (2, 2), 64),
         layers={"encoder": [0], "decoder": [0]},
-        teacher_epochs=8,
-        epochs=2,
+        teacher_epochs=4,
+        epochs=1,
         columns={"source": "translation.en", "target": "translation.es"},
     ),
     "summarization": Plan(
