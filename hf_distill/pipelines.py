@@ -27,6 +27,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 from hf_distill.data.prompts import Prompts, for_languages, has_languages, source_limit
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import max_positions
+from hf_distill.models.positions import position_limit
 
 __all__ = ["SummarizationPipeline", "TranslationPipeline"]
 
@@ -74,6 +75,10 @@ class WritingPipeline(Pipeline):
         self._encoder_decoder = bool(config.is_encoder_decoder)
         if not self._encoder_decoder:
             self.tokenizer.padding_side = "left"
+        elif (places := position_limit(self.model)) is not None:
+            # A decoder has no more positions than these.
+            usual = self._generation_defaults["max_new_tokens"]
+            self._generation_defaults["max_new_tokens"] = min(usual, places)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         settings = getattr(config, "task_specific_params", None) or {}

@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MBart50Tokenizer, pipeline
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MBart50Tokenizer,
+    pipeline,
+)
 from writing_setup import CAUSAL, ENCODER_DECODER, tokenizer, writer
 
 import hf_distill.pipelines  # noqa: F401  # registers them
-from hf_distill import InputError
+from hf_distill import InputError, annotate
 from hf_distill.data.prompts import for_languages
 
 SOURCES = ["the dog", "a single man must be in want", "print(row)"]
@@ -179,3 +184,21 @@ def test_a_folder_in_a_new_process(tmp_path: Path) -> None:
         if works:
             wanted = [{"summary_text": by_hand(model, "the dog", max_new_tokens=5)}]
             assert done.stdout.strip().splitlines()[-1] == str(wanted)
+
+
+def test_a_text_is_no_longer_than_the_decoder_has_positions(tmp_path: Path) -> None:
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    sides = {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+    sides |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    sides |= {f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")}
+    words = tokenizer()
+    config = BartConfig(
+        vocab_size=len(words), d_model=16, max_position_embeddings=40, forced_eos_token_id=None,
+        **(ids | sides),
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.final_logits_bias[0, 2] = -1e9  # it would never end by itself
+    assert pipeline("summarization", model=model, tokenizer=words)("a source")
+    rows = [{"document": "a source", "summary": "a target"}]
+    assert len(annotate(rows, model, tmp_path / "written", tokenizer=words)) == 1

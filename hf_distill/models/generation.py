@@ -21,6 +21,7 @@ from transformers.generation import (
 
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE, shifted_labels, sum_by_row, targets_of
+from hf_distill.models.positions import position_limit
 from hf_distill.models.runner import ModelRunner
 
 NEW_TOKENS = 256  # where neither the user nor the model's generation config sets a length
@@ -291,7 +292,8 @@ def _config(model: PreTrainedModel, settings: Mapping[str, Any], n: int) -> Gene
     if "max_new_tokens" in settings:
         config.max_length = None
     if config.max_new_tokens is None and config.max_length is None:
-        config.max_new_tokens = NEW_TOKENS
+        places = position_limit(model) if model.config.is_encoder_decoder else None
+        config.max_new_tokens = min(NEW_TOKENS, places or NEW_TOKENS)
     if n < 1:
         raise InputError(f"n is {n}, but must be at least 1")
     beams = config.num_beams or 1
