@@ -71,7 +71,11 @@ class Labels:
         if isinstance(label, int) and 0 <= label < len(self.names):
             return int(label)
         shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
-        raise InputError(f"the label {label!r} is none of the {len(self.names)} classes ({shown})")
+        default = isinstance(label, str) and self.names[:1] == ("LABEL_0",)
+        advice = ": set id2label of the student to the names of the classes" if default else ""
+        raise InputError(
+            f"the label {label!r} is none of the {len(self.names)} classes ({shown}){advice}"
+        )
 
 
 def read_source_target(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:

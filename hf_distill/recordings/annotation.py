@@ -18,7 +18,7 @@ from typing import Any, Literal
 import xxhash
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.data.prompts import Prompts, for_languages, source_limit
 from hf_distill.data.source_target import SourceTarget, find_source_target
@@ -148,7 +148,15 @@ def _teacher(
     accelerator: Accelerator,
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher on its device, in eval mode, and its tokenizer."""
+    """The teacher on its device, in eval mode, and its tokenizer.
+
+    raises: InputError for keywords that nothing reads
+    """
+    settings = sorted(kwargs.keys() & vars(GenerationConfig()).keys())
+    if settings or (kwargs and not isinstance(teacher, str | Path)):
+        first = next(iter(settings or kwargs))
+        where = "as generation={...}" if settings else "where the teacher is loaded"
+        raise InputError(f"annotate takes no {first!r}: give it {where}")
     if isinstance(teacher, str | Path):
         with made_whole():
             model = load_model(teacher, "teacher", **kwargs)

@@ -283,6 +283,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"max_source_length": 5, "too_long": "refuse"}, r"row \d+: 'document' has \d+ tokens"),
     ("t5", {"max_source_length": 50}, "must be 1 to 40"),
     ("t5", {"source_lang": "en"}, "no language codes"),
+    ("t5", {"max_new_tokens": 8}, "no 'max_new_tokens': give it as generation="),
+    ("t5", {"dtype": "bfloat16"}, "no 'dtype': give it where the teacher is loaded"),
     ("t5", {"generation": {"num_beam": 2}}, "no setting of generate: did you mean 'num_beams'"),
     ("t5", {"generation": {"typical_p": 0.9}}, "'typical_p' cannot be used"),
     ("t5", {"generation": {"temperature": -1.0, "do_sample": True}}, "do not fit"),
