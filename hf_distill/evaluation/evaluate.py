@@ -88,9 +88,9 @@ def evaluate_student(
             measures.append(_texts(pair, tokenizer, generate, references, accelerator))
         collate = data_collator or default_collator(pair.task, tokenizer)
         measured = {"": (pair, measures)}
-        figures = _measure(measured, rows, collate, accelerator, batch_size, description)[""]
-        figures |= costs_of({"": pair}, accelerator, speed=speed)[""]
-    return Evaluation(figures, measures)
+        found = _measure(measured, rows, collate, accelerator, batch_size, description)[""]
+        found.update(costs_of({"": pair}, accelerator, speed=speed)[""])
+    return found
 
 
 @torch.no_grad()
@@ -100,15 +100,18 @@ def evaluate_models(
     datasets: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    references: Mapping[str, Any] | None = None,
+    generate: Mapping[str, Any] | None = None,
     data_collator: Callable[[list[Any]], Batch],
     batch_size: int = 8,
     accelerator: Accelerator | None = None,
     speed: bool = True,
-) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, dict[str, Evaluation]], dict[str, dict[str, float]]]:
     """Measure several models of one task beside one teacher, which runs once a batch for all.
 
     models: by name, and the teacher's own model perhaps among them; all are in memory together
-    datasets: sets of rows by name; the other arguments are those of `evaluate_student`
+    datasets: sets of rows by name; references: by the same names
+    generate: a model in shards does not write; the other arguments: see `evaluate_student`
     returns: the quality of each model by set and name; and its size, with `speed` its speed and
         peak memory, by name. The models are timed in turn, see `in_turn`
     raises: InputError, as `evaluate_student`
@@ -122,10 +125,13 @@ def evaluate_models(
         shared = {name: pair.shared_outcomes(tokenizer) for name, pair in pairs.items()}
         quality = {}
         for of_set, rows in datasets.items():
-            measured = {}
+            measured, true = {}, (references or {}).get(of_set)
             for name, pair in pairs.items():
                 prepared(pair.task, rows, tokenizer, masked=False)
-                measured[name] = pair, task_measures(pair, tokenizer, shared[name], rows)
+                measures = task_measures(pair, tokenizer, shared[name], rows, true)
+                if generate is not None and not pair.together:
+                    measures.append(_texts(pair, tokenizer, generate, true, accelerator))
+                measured[name] = pair, measures
             quality[of_set] = _measure(
                 measured, rows, data_collator, accelerator, batch_size, f"evaluating {of_set}"
             )
@@ -154,7 +160,7 @@ def _measure(
     accelerator: Accelerator,
     batch_size: int,
     description: str,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Evaluation]:
     """Run some models and their common teacher on all rows, and return the figures of each."""
     batches = _batches(dataset, data_collator, batch_size, accelerator)
     shown = tqdm(batches, description, disable=not accelerator.is_main_process, leave=False)
@@ -171,12 +177,10 @@ def _measure(
                     )
                 gathered = accelerator.gather_for_metrics(columns)
                 one.add({name: values.cpu() for name, values in gathered.items()})
-    figures: dict[str, dict[str, float]] = {}
-    for name, (_, measures) in measured.items():
-        figures[name] = {}
-        for one in measures:
-            figures[name] |= one.figures()
-    return figures
+    return {
+        name: Evaluation({k: v for one in of for k, v in one.figures().items()}, of)
+        for name, (_, of) in measured.items()
+    }
 
 
 def _texts(

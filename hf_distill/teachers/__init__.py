@@ -13,12 +13,10 @@ from hf_distill.teachers.adapter import AdapterTeacher
 from hf_distill.teachers.live import LiveTeacher
 from hf_distill.teachers.placement import check_placement, load_placed
 from hf_distill.teachers.protocol import Teacher
-from hf_distill.teachers.remembering import RememberingTeacher
 
 __all__ = [
     "AdapterTeacher",
     "LiveTeacher",
-    "RememberingTeacher",
     "Teacher",
     "as_teacher",
 ]

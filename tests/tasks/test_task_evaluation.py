@@ -19,8 +19,10 @@ from task_text import RAW, word_pieces
 from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError, evaluate_student
-from hf_distill.evaluation import Bleu, ChrF, Entities, Rouge
+from hf_distill.data import TaskCollator
+from hf_distill.evaluation import Bleu, ChrF, Entities, Rouge, evaluate_models
 from hf_distill.evaluation.task_metrics import QuestionAnswering
+from hf_distill.teachers import LiveTeacher
 
 CLASSIFY = "sequence-classification"
 
@@ -295,6 +297,44 @@ def test_a_model_beside_itself_and_alone(kind: str) -> None:
     alone = evaluate_student(student, None, rows(kind), tokenizer, speed=False)
     assert alone == {name: itself[name] for name in alone}
     assert not alone.keys() & {"kl_to_teacher", "top1_agreement", "mse_to_teacher"}
+
+
+class Counting(LiveTeacher):
+    """Counts the batches on which the model runs."""
+
+    asked = 0
+
+    def signal(self, *args: Any) -> Any:
+        self.asked += 1
+        return super().signal(*args)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_models_and_a_teacher_that_runs_once(kind: str) -> None:
+    student, model = pair(kind)
+    other, _ = pair(kind)
+    with torch.no_grad():
+        next(iter(other.parameters())).add_(0.1)
+    tokenizer = byte_level() if kind in ("texts", "seq2seq-lm") else word_pieces()
+    teacher = Counting(model, tokenizer)
+    settings: dict[str, Any] = {"generate": WRITE} if kind == "texts" else {}
+    accepted = [RAW["question-answering"][n % 6] for n in range(13)] if kind == "answers" else None
+    quality, _ = evaluate_models(
+        {"a": student, "b": other}, teacher, {"set": rows(kind)}, tokenizer,
+        references=None if accepted is None else {"set": accepted},
+        data_collator=TaskCollator(teacher.task.key, tokenizer), speed=False, **settings,
+    )  # fmt: skip
+    assert teacher.asked == math.ceil(len(rows(kind)) / 8)
+    for name, one in (("a", student), ("b", other)):
+        alone = evaluate_student(
+            one, model, rows(kind), tokenizer, references=accepted, speed=False, **settings
+        )
+        found = quality["set"][name]
+        assert found == pytest.approx({key: alone[key] for key in found})
+        assert alone.keys() - found.keys() == {"parameters", "size_mb"}
+        if kind not in ("question-answering", "seq2seq-lm"):
+            assert found.predictions is not None
+            assert found.predictions.texts == alone.predictions.texts  # type: ignore[union-attr]
 
 
 def test_rows_are_masked_alike_for_every_model() -> None:

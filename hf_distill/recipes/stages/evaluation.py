@@ -17,16 +17,16 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
-from hf_distill.data import collator
-from hf_distill.evaluation import continuations, evaluate_models
+from hf_distill.evaluation import Evaluation, continuations, evaluate_models
 from hf_distill.evaluation.harness import Scores, harness_scores
 from hf_distill.evaluation.performance import MB, PeakMemory, size_mb
 from hf_distill.losses.divergences import parameters
 from hf_distill.losses.targets import IGNORE
-from hf_distill.models.engines import made_whole, plain_accelerator
+from hf_distill.models.engines import made_whole
 from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.models import (
     accelerator_of,
+    collator_of,
     rows_of,
     student_initial,
     teacher_source,
@@ -36,7 +36,7 @@ from hf_distill.recipes.stages.models import (
     unadapted_teacher,
 )
 from hf_distill.recipes.stages.stage import Run, read_json
-from hf_distill.recipes.stages.task_evaluation import TaskMeasure
+from hf_distill.recipes.stages.task_evaluation import examples_of, generation_of, references_of
 from hf_distill.reporting.comparison import (
     benchmark_table,
     by_task,
@@ -67,15 +67,13 @@ def measure(run: Run, result: Path) -> None:
         **kwargs,
     )
     assert isinstance(teacher, LiveTeacher)  # there is a name
-    if run.recipe.task != "causal-lm":
-        _measure_task(run, teacher, result)
-        return
     section, tokenizer = run.recipe.evaluate, tokenizer_of(run)
     sets = {split: rows_of(run, split) for split in run.recipe.data.eval_splits}
-    prompts = _prompts(run, sets)
+    causal = run.recipe.task == "causal-lm"
+    prompts = _prompts(run, sets) if causal else []
     shown: list[dict[str, Any]] = [dict(prompt.of_set) for prompt in prompts]
     accelerator = accelerator_of(run)
-    figures: dict[str, Figures] = {split: {} for split in sets}
+    figures: dict[str, dict[str, Evaluation]] = {split: {} for split in sets}
     all_costs: Figures = {}
     scores: dict[str, Scores] = {}
     for roles in _together(run):
@@ -86,8 +84,10 @@ def measure(run: Run, result: Path) -> None:
             teacher,
             sets,
             tokenizer,
+            references=references_of(run),
+            generate=generation_of(run),
             batch_size=section.batch_size,
-            data_collator=collator(tokenizer),
+            data_collator=collator_of(run.recipe, tokenizer),
             accelerator=accelerator,
             speed=section.speed,
         )
@@ -95,7 +95,7 @@ def measure(run: Run, result: Path) -> None:
             figures[split] |= found
         for role in roles:
             all_costs[role] = costs[role] | _training_time(run, role)
-        for role, model in models.items():
+        for role, model in models.items() if causal else ():
             shards = role == "teacher" and teacher.together  # run by all processes together
             if role not in ("unadapted", "initial") and (run.state.is_main_process or shards):
                 texts = continuations(
@@ -114,6 +114,10 @@ def measure(run: Run, result: Path) -> None:
     AcceleratorState._reset_state()  # a later training may have another precision
     if run.state.is_main_process:
         facts: dict[str, Any] = {"continuations": shown}
+        if not causal:
+            measured = figures[next(iter(sets))]
+            ordered = {role: measured[role] for role in ROLES if role in measured}
+            facts = {"task": run.recipe.task, "examples": examples_of(run, ordered)}
         if scores:
             facts["harness"] = {"version": version("lm_eval"), "tasks": by_task(scores)}
         _write(run, result, figures, all_costs, facts)
@@ -133,25 +137,6 @@ def _benchmarks(run: Run, model: Any, precision: torch.dtype | None) -> Scores:
     )
 
 
-def _measure_task(run: Run, teacher: LiveTeacher, result: Path) -> None:
-    """The same for other tasks than causal language modelling."""
-    accelerator, splits = plain_accelerator(), run.recipe.data.eval_splits
-    measures = {split: TaskMeasure(run, teacher, accelerator, split=split) for split in splits}
-    figures: dict[str, Figures] = {split: {} for split in splits}
-    costs: Figures = {}
-    for role in _roles(run):
-        run.log(f"  {role}")
-        model = _model(run, role, teacher)
-        for split, measure in measures.items():
-            figures[split][role] = measure(role, model)
-        costs[role] = _training_time(run, role)
-        del model
-        gc.collect()
-    if run.state.is_main_process:
-        examples = measures[splits[0]].examples(run.recipe.evaluate.prompts)
-        _write(run, result, figures, costs, {"task": run.recipe.task, "examples": examples})
-
-
 def _training_time(run: Run, role: str) -> dict[str, float]:
     adapted = role == "teacher" and run.recipe.teacher.adapt is not None
     if role not in ("baseline", "off_policy", "student") and not adapted:
@@ -161,7 +146,11 @@ def _training_time(run: Run, role: str) -> dict[str, float]:
 
 
 def _write(
-    run: Run, result: Path, sets: dict[str, Figures], costs: Figures, shown: dict[str, Any]
+    run: Run,
+    result: Path,
+    sets: Mapping[str, Mapping[str, Any]],
+    costs: Figures,
+    shown: dict[str, Any],
 ) -> None:
     """Write `metrics.json`. The figures of the first set are the main ones, beside the costs.
 

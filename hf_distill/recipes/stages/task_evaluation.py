@@ -1,73 +1,52 @@
-"""Measure models of other tasks than causal language modelling, and show their predictions."""
+"""What the evaluation of tasks needs beside models and rows: references, settings, examples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
-
 from hf_distill.data.prompts import for_languages
-from hf_distill.evaluation import Evaluation, evaluate_student, examples
-from hf_distill.recipes.stages.models import collator_of, rows_of, text_of, tokenizer_of
+from hf_distill.evaluation import Evaluation, examples
+from hf_distill.recipes.stages.models import rows_of, text_of, tokenizer_of
 from hf_distill.recipes.stages.stage import Run
-from hf_distill.teachers import LiveTeacher, RememberingTeacher
+
+WRITERS = "seq2seq-lm"
 
 
-@dataclass
-class TaskMeasure:
-    """Measures one model of a run after the other. Call it with a role and its model."""
+def references_of(run: Run) -> dict[str, Any]:
+    """What is right in each set of rows, by split: target texts, or rows of text."""
+    if run.recipe.task == "causal-lm":
+        return {}
+    texts = {split: text_of(run, split) for split in run.recipe.data.eval_splits}
+    return {n: of["target"] if run.recipe.task == WRITERS else of for n, of in texts.items()}
 
-    run: Run
-    teacher: LiveTeacher
-    accelerator: Accelerator
-    split: str = "eval"
-    measured: dict[str, Evaluation] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._tokenizer = tokenizer_of(self.run)
-        self._rows = rows_of(self.run, self.split)
-        self._texts = text_of(self.run, self.split)
-        # It runs once for all of its students, whose batches are the same.
-        self._remembered = RememberingTeacher(self.teacher)
+def generation_of(run: Run) -> dict[str, Any] | None:
+    """How an encoder-decoder writes; None for other tasks."""
+    if run.recipe.task != WRITERS:
+        return None
+    data, beams = run.recipe.data, run.recipe.evaluate.num_beams
+    _, forced = for_languages(tokenizer_of(run), data.source_lang, data.target_lang)
+    settings = {"num_beams": beams, "do_sample": False, **forced}
+    return {**settings, "max_new_tokens": data.max_target_length}
 
-    def __call__(self, role: str, model: Any) -> dict[str, float]:
-        """The figures of a model, the same on every process."""
-        section, task = self.run.recipe.evaluate, self.run.recipe.task
-        # Processes that hold shards of one model cannot write texts of their own.
-        writes = task == "seq2seq-lm" and not (role == "teacher" and self.teacher.together)
-        references = self._texts["target"] if task == "seq2seq-lm" else self._texts
-        self.measured[role] = evaluate_student(
-            model,
-            self.teacher if role == "teacher" else self._remembered,
-            self._rows,
-            self._tokenizer,
-            references=references,
-            generate=self._generation() if writes else None,
-            data_collator=collator_of(self.run.recipe, self._tokenizer),
-            batch_size=section.batch_size,
-            accelerator=self.accelerator,
-            speed=section.speed,
-        )
-        return dict(self.measured[role])
 
-    def examples(self, number: int) -> list[dict[str, str]]:
-        """Some held-out rows with each model's prediction, those the student gets wrong first."""
-        shown = {
-            role: found
-            for role, found in self.measured.items()
-            if role != "initial" and found.predictions is not None
-        }
-        prompts = None
-        if self.run.recipe.task != "masked-lm":  # which shows the masks
-            prompts = [_prompt(row) for row in self._texts]
-        return examples(shown, self._rows, self._tokenizer, number=number, prompts=prompts)
+def examples_of(run: Run, measured: Mapping[str, Evaluation]) -> list[dict[str, str]]:
+    """Some rows of the first set with each model's prediction, those the student gets wrong first.
 
-    def _generation(self) -> dict[str, Any]:
-        data, beams = self.run.recipe.data, self.run.recipe.evaluate.num_beams
-        _, forced = for_languages(self._tokenizer, data.source_lang, data.target_lang)
-        settings = {"num_beams": beams, "do_sample": False, **forced}
-        return {**settings, "max_new_tokens": data.max_target_length}
+    measured: by role, on that set
+    """
+    split = run.recipe.data.eval_splits[0]
+    shown = {
+        role: found
+        for role, found in measured.items()
+        if role != "initial" and found.predictions is not None
+    }
+    prompts = None
+    if run.recipe.task != "masked-lm":  # which shows the masks
+        prompts = [_prompt(row) for row in text_of(run, split)]
+    number, tokenizer = run.recipe.evaluate.prompts, tokenizer_of(run)
+    return examples(shown, rows_of(run, split), tokenizer, number=number, prompts=prompts)
 
 
 def _prompt(row: Any) -> str:
