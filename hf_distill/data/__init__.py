@@ -48,7 +48,7 @@ from hf_distill.data.prompt_rows import (
     tokenize_prompts,
 )
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
-from hf_distill.data.task_collators import TaskCollator, mask_rows
+from hf_distill.data.task_collators import TaskCollator, mask_rows, task_collator
 from hf_distill.data.task_forms import (
     TaskTokens,
     is_raw_for,
@@ -108,6 +108,7 @@ __all__ = [
     "read_texts",
     "read_unlabelled",
     "require_rows",
+    "task_collator",
     "text_iterator",
     "tokenize_labelled",
     "tokenize_prompts",

@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_distill.data.collate import collator
 from hf_distill.data.task_tokens import masking_collator
 from hf_distill.errors import InputError
 from hf_distill.tasks import (
+    CausalLM,
     MaskedLM,
     QuestionAnswering,
     Seq2SeqLM,
@@ -35,6 +37,13 @@ SPECIAL = "special_tokens_mask"
 MASKING_PROBABILITY = 0.15
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+def task_collator(task: str, tokenizer: PreTrainedTokenizerBase, **masks: Any) -> Any:
+    """The collator for rows of a task, by its key. masks: see `TaskCollator`"""
+    if task == CausalLM.key:
+        return collator(tokenizer)
+    return TaskCollator(task, tokenizer, **masks)
 
 
 class TaskCollator:

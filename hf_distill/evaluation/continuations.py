@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation.evaluate import as_they_were
+from hf_distill.evaluation.speed import generate
 from hf_distill.models.from_scratch import max_positions
 
 
@@ -48,13 +49,5 @@ def _continue(model: Any, name: str, prompt: list[int], max_new_tokens: int) -> 
         )
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
     ids = torch.tensor([prompt], device=model.device)
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        synced_gpus=False,  # what runs here is whole, or run by all processes alike
-        num_beams=1,
-        max_new_tokens=room,
-        pad_token_id=0,  # never needed in a batch of one; saves a warning
-    )
+    written = generate(model, ids, room, exactly=False)
     return written[0, len(prompt) :].tolist()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.data import TaskCollator, collator, mask_rows
+from hf_distill.data import mask_rows, task_collator
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance
 from hf_distill.evaluation.pair import Pair
@@ -82,11 +82,11 @@ def evaluate_student(
         pair = Pair(student, teacher, accelerator)
         if shared_vocabulary is None:
             shared_vocabulary = pair.shared_outcomes(tokenizer)
-        rows = prepared(pair.task, dataset, tokenizer, masked=data_collator is None)
+        rows = prepared(pair.task, dataset, tokenizer, own_form=data_collator is None)
         measures = task_measures(pair, tokenizer, shared_vocabulary, rows, references)
         if generate is not None:
             measures.append(_texts(pair, tokenizer, generate, references, accelerator))
-        collate = data_collator or default_collator(pair.task, tokenizer)
+        collate = data_collator or task_collator(pair.task.key, tokenizer)
         measured = {"": (pair, measures)}
         found = _measure(measured, rows, collate, accelerator, batch_size, description)[""]
         found.update(costs_of({"": pair}, accelerator, speed=speed)[""])
@@ -102,7 +102,7 @@ def evaluate_models(
     *,
     references: Mapping[str, Any] | None = None,
     generate: Mapping[str, Any] | None = None,
-    data_collator: Callable[[list[Any]], Batch],
+    data_collator: Callable[[list[Any]], Batch] | None = None,
     batch_size: int = 8,
     accelerator: Accelerator | None = None,
     speed: bool = True,
@@ -123,17 +123,19 @@ def evaluate_models(
         if found is not None:
             found.prepare(accelerator, student_reads=reads)
         shared = {name: pair.shared_outcomes(tokenizer) for name, pair in pairs.items()}
+        (task, *_) = (pair.task for pair in pairs.values())
+        collate, own_form = data_collator or task_collator(task.key, tokenizer), not data_collator
         quality = {}
-        for of_set, rows in datasets.items():
+        for of_set, dataset in datasets.items():
+            rows = prepared(task, dataset, tokenizer, own_form=own_form)
             measured, true = {}, (references or {}).get(of_set)
             for name, pair in pairs.items():
-                prepared(pair.task, rows, tokenizer, masked=False)
                 measures = task_measures(pair, tokenizer, shared[name], rows, true)
                 if generate is not None and not pair.together:
                     measures.append(_texts(pair, tokenizer, generate, true, accelerator))
                 measured[name] = pair, measures
             quality[of_set] = _measure(
-                measured, rows, data_collator, accelerator, batch_size, f"evaluating {of_set}"
+                measured, rows, collate, accelerator, batch_size, f"evaluating {of_set}"
             )
         return quality, costs_of(pairs, accelerator, speed=speed)
 
@@ -203,18 +205,14 @@ def _texts(
     return Texts(pair.plain, tokenizer, settings, references, accelerator.autocast)
 
 
-def default_collator(
-    task: Task, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[list[Any]], Batch]:
-    """The collator of rows of a task."""
-    return collator(tokenizer) if isinstance(task, CausalLM) else TaskCollator(task.key, tokenizer)
-
-
-def prepared(task: Task, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, masked: bool) -> Any:
+def prepared(
+    task: Task, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, own_form: bool
+) -> Any:
     """The rows; for masked language modelling with masks, so that all models see the same ones.
 
-    masked: whether to mask rows that have no labels
-    raises: InputError for no rows, or a stream
+    own_form: whether the rows go to the collator of this library, so that they have input_ids, and
+        are masked where they have no labels
+    raises: InputError for no rows, raw rows, or a stream
     """
     if not isinstance(dataset, Sized):
         raise InputError(
@@ -224,7 +222,14 @@ def prepared(task: Task, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, ma
     if len(dataset) == 0:
         raise InputError("there are no evaluation rows: give data.eval, or a larger eval_fraction")
     rows: Any = dataset
-    if not masked or not isinstance(task, MaskedLM) or "labels" in rows[0]:
+    first = rows[0] if own_form else {}
+    if isinstance(first, Mapping) and own_form and "input_ids" not in first:
+        raise InputError(
+            f"the evaluation rows have the columns {', '.join(first)}, but no input_ids: tokenize "
+            "them first (`hf_distill.data`), or take the eval_dataset of a trainer, which has done "
+            "it"
+        )
+    if not own_form or not isinstance(task, MaskedLM) or "labels" in first:
         return rows
     rows = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
     return mask_rows(rows, tokenizer)

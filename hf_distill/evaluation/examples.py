@@ -51,7 +51,7 @@ def examples(
         if not isinstance(model, Evaluation):
             task = find_task(base_model(model), "model")
             # Masks are drawn once, so that all models see those of the prompts.
-            rows = prepared(task, rows, tokenizer, masked=data_collator is None)
+            rows = prepared(task, rows, tokenizer, own_form=data_collator is None)
             model = evaluate_student(
                 model,
                 None,

@@ -105,7 +105,7 @@ def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> floa
     return _peak_mb(model, lambda: generate(model, prompt, few))
 
 
-def _peak_mb(model: Any, work: Callable[[], None]) -> float:
+def _peak_mb(model: Any, work: Callable[[], Any]) -> float:
     """The model's own weights, and the most that some work holds beside them, in MB."""
     own = [*model.parameters(), *model.buffers()]
     devices = {tensor.device for tensor in own}

@@ -121,19 +121,23 @@ def random_prompt(model: Any, tokens: int, rows: int = 1) -> Tensor:
     return ids.to(model.device)
 
 
-def generate(model: Any, prompt: Tensor, new_tokens: int) -> None:
-    """Write so many tokens, greedily, with the cache."""
-    model.generate(
+def generate(model: Any, prompt: Tensor, new_tokens: int, *, exactly: bool = True) -> Tensor:
+    """Write tokens after one prompt, greedily, with the cache; the prompt and what follows.
+
+    exactly: so many, also after the end of the text; else at most
+    """
+    written: Tensor = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
         synced_gpus=False,  # the model is whole here, or all processes run it alike
         num_beams=1,
         use_cache=True,
-        min_new_tokens=new_tokens,
+        min_new_tokens=new_tokens if exactly else None,
         max_new_tokens=new_tokens,
         pad_token_id=0,  # never needed in a batch of one; saves a warning
     )
+    return written
 
 
 def _prefill(model: Any, prompt: Tensor) -> None:
@@ -146,7 +150,7 @@ def _prefill(model: Any, prompt: Tensor) -> None:
     model(input_ids=prompt, use_cache=True, **options)
 
 
-def _seconds(model: Any, work: Callable[[], None]) -> float:
+def _seconds(model: Any, work: Callable[[], Any]) -> float:
     _wait_for(model.device)
     start = time.perf_counter()
     work()

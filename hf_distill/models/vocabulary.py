@@ -91,7 +91,7 @@ def compare_tokens(
     if student_tokenizer is None or teacher_tokenizer is None:
         missing = ("student", "processing_class")
         if student_tokenizer is not None:
-            missing = ("teacher", "teacher_tokenizer")
+            missing = ("teacher", "teacher_tokenizer, or LiveTeacher(model, tokenizer),")
         warn_once(
             "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
             "not known; pass %s to have them checked.",

@@ -407,7 +407,7 @@ class EvaluateSection(Section):
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of a prompt, where rows have no prompt of their own."""
     max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens of a continuation."""
+    """Tokens of a continuation; encoder-decoders write `data.max_target_length`."""
     num_beams: int = Field(default=1, ge=1)
     """Beams with which an encoder-decoder writes."""
     harness: HarnessSection | None = None

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.data import Collator, collator
+from hf_distill.data import Collator, task_collator
 from hf_distill.errors import InputError
 from hf_distill.losses.signals import Hidden, Logits, whole
 from hf_distill.models.vocabulary import shared_vocabulary
@@ -24,7 +24,7 @@ from hf_distill.recordings.codec import KINDS, TopK
 from hf_distill.recordings.collator import header_of, starts_of
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.row_format import Header, model_hash, row_hash, tokenizer_hash, write
-from hf_distill.tasks import CausalLM, find_task
+from hf_distill.tasks import CausalLM, Task, find_task
 from hf_distill.teachers import Teacher, as_teacher
 
 CHUNK_BYTES = 2**27  # memory for the logits of one chunk of targets
@@ -84,7 +84,7 @@ class RecordingWriter:
             )
         self.rounding: float | None = None  # of the first batch of the last call of `values`
         tokenizer = tokenizer or found.tokenizer
-        self.collate = data_collator or _collator(tokenizer)
+        self.collate = data_collator or _collator(self.task, tokenizer)
         vocabulary = found.rows
         if self.task.fused:
             vocabulary = shared_vocabulary(found.rows, found.rows, tokenizer, found.tokenizer)
@@ -233,10 +233,15 @@ def _encoded(stored: Any, mine: slice) -> bytes:
     return codec.encode_top_k(part) if isinstance(part, TopK) else codec.encode_sampled(part)
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase | None) -> Collator:
-    if tokenizer is None:
+def _collator(task: Task, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    if tokenizer is not None:
+        return task_collator(task.key, tokenizer)
+    if isinstance(task, CausalLM):
         return Collator(0, 0)  # padding is masked, so that it may be any id
-    return collator(tokenizer)
+    raise InputError(
+        f"rows for {task.name} are padded by the teacher's tokenizer, which is not known: give "
+        "tokenizer, or data_collator"
+    )
 
 
 def _fingerprint(teacher: Any) -> int:

@@ -223,8 +223,6 @@ class DistillationArguments(OnPolicyArguments):
     def check_ranges(self) -> None:
         """InputError for a value out of range; again where values change after construction."""
         named_divergence(self.divergence)
-        if not isinstance(self.features, str):  # post-init reads any JSON string
-            feature_settings(self.features)
         check_placement(self.teacher_placement)
         ranges = {
             "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),

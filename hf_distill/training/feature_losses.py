@@ -78,7 +78,7 @@ class FeatureLoss:
                         f"features: relations in {heads} heads do not divide the {role}'s {name} "
                         f"of width {states.shape[-1]}: set heads to a divisor of all widths"
                     )
-            self._check(ours, theirs[..., : ours.shape[-1]], mask, pair, width=False)
+            self._check(ours, theirs, mask, pair, width=False)
             value = relation_kl(ours, theirs.to(ours.device), mask, heads)
             total = value if total is None else total + value
         assert total is not None

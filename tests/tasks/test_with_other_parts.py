@@ -8,11 +8,21 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from task_models import collate, make_model, make_rows
+from task_text import word_pieces
 from trainer_setup import arguments
 
-from hf_distill import AdapterTeacher, DistillationTrainer, Term, student_from_teacher
+from hf_distill import (
+    AdapterTeacher,
+    DistillationTrainer,
+    InputError,
+    Term,
+    evaluate_student,
+    record,
+    student_from_teacher,
+)
 from hf_distill.losses.targets import sum_by_row
 
 CASES = [
@@ -141,3 +151,20 @@ def test_a_term_of_ones_own(name: str, task: str, tmp_path: Path) -> None:
     assert own["eval_loss"] == pytest.approx(
         plain["eval_loss"] + 0.25 * own["eval_largest"], rel=1e-5
     )
+
+
+def test_a_classifier_is_recorded_with_its_own_collator(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    rows, teacher = Dataset.from_list(make_rows(task)), make_model("Bert", task)
+    given: Any = {"kind": "full", "tokenizer": word_pieces()}
+    found = record(rows, teacher, tmp_path / "a", **given)
+    expected = record(rows, teacher, tmp_path / "b", data_collator=collate, **given)
+    assert found.to_list() == expected.to_list()
+    with pytest.raises(InputError, match="give tokenizer, or data_collator"):
+        record(rows, teacher, tmp_path / "c", kind="full")
+
+
+def test_raw_rows_are_not_evaluated() -> None:
+    model = make_model("Bert", "sequence-classification")
+    with pytest.raises(InputError, match="columns text, label, but no input_ids"):
+        evaluate_student(model, None, [{"text": "a", "label": 1}], word_pieces())

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_distill.data import Labels, TaskCollator, check_max_length, collator, label_names
+from hf_distill.data import Labels, check_max_length, label_names, task_collator
 from hf_distill.models.engines import made_whole, plain_accelerator
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.from_teacher import student_and_report
@@ -51,11 +51,8 @@ def teacher_tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
 
 def collator_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The collator for the rows that a recipe prepares."""
-    if recipe.task == "causal-lm":
-        return collator(tokenizer)
-    return TaskCollator(
-        recipe.task, tokenizer, probability=recipe.data.mask_probability, seed=recipe.seed
-    )
+    masks = {"probability": recipe.data.mask_probability, "seed": recipe.seed}
+    return task_collator(recipe.task, tokenizer, **masks)
 
 
 def accelerator_of(run: Run) -> Accelerator:

@@ -60,7 +60,6 @@ class OnPolicyArguments(TrainingArguments):
         default=32,
         metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
     )
-
     keep_rows: bool = field(
         default=False,
         metadata={
@@ -74,7 +73,6 @@ class OnPolicyArguments(TrainingArguments):
             "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
         },
     )
-
     sample_steps: int = field(
         default=50,
         metadata={
