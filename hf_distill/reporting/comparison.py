@@ -79,7 +79,7 @@ def nearer_sentence(sets: Mapping[str, Results]) -> str:
     """On which sets of rows the student is nearer to its teacher than the baseline is.
 
     sets: the figures by model of each set; nearer is the one with the lower KL to the teacher
-    returns: one sentence; "" where a set has no such figures
+    returns: one sentence; "" where there are no sets, or one has no such figures
     """
     nearer: list[str] = []
     others: list[str] = []
@@ -93,6 +93,8 @@ def nearer_sentence(sets: Mapping[str, Results]) -> str:
         said = f"{name} (KL {figure.text(ours)}, baseline {figure.text(theirs)})"
         (nearer if figure.prefers(ours, theirs) else others).append(said)
     start = "The student is nearer to its teacher than the baseline"
+    if not sets:
+        return ""
     if not nearer:
         return f"{start} on none of the sets: {', '.join(others)}."
     but = f"; it is not on {', '.join(others)}" if others else ""

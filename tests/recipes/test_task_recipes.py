@@ -139,6 +139,7 @@ def test_shipped_recipes_from_rows_to_report(name: str, tmp_path: Path) -> None:
     card = (folder / "student" / "README.md").read_text()
     assert loader in card
     assert "## Examples" in card
+    assert "of the sets" not in page + card  # there is one set, without a name
 
 
 def test_a_recorded_classifier_and_tags(tmp_path: Path) -> None:
