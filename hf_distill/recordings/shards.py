@@ -11,6 +11,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import pyarrow as pa
@@ -105,9 +106,12 @@ def claim(folder: Path, identity: dict[str, Any], what: str = "a recording") -> 
         earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in identity if identity[key] != earlier.get(key)]
         if changed:
+            name, there, wanted = _difference(
+                changed[0], earlier.get(changed[0]), identity[changed[0]]
+            )
             raise InputError(
-                f"{str(folder)!r} holds {what} with {changed[0]} {earlier.get(changed[0])!r}, "
-                f"not {identity[changed[0]]!r}: give another output_dir, or remove that folder"
+                f"{str(folder)!r} holds {what} with {name} {there}, not {wanted}: give another "
+                "output_dir, or remove that folder"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"{str(folder)!r} has other files in it: give an empty output_dir")
@@ -115,6 +119,15 @@ def claim(folder: Path, identity: dict[str, Any], what: str = "a recording") -> 
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
     write_whole(path, json.dumps(identity, indent=2))
+
+
+def _difference(name: str, there: Any, wanted: Any) -> tuple[str, str, str]:
+    """What two settings differ in, as name and values that fit into one line."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        keys = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+        return _difference(f"{name}.{keys[0]}", there.get(keys[0]), wanted.get(keys[0]))
+    short_there, short_wanted = (shorten(repr(v), 80, placeholder=" ...") for v in (there, wanted))
+    return name, short_there, short_wanted
 
 
 def load_shards(folder: Path, manifest: str, what: str, function: str) -> Dataset:

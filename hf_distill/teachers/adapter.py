@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,8 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
-from hf_distill.losses.signals import Signal
-from hf_distill.losses.targets import Targets
 from hf_distill.teachers.live import LiveTeacher
 
 
@@ -61,13 +58,8 @@ class AdapterTeacher(LiveTeacher):
         accelerator.print(f"teacher: {self.name}, the student's own weights")
         self._follow(accelerator, student_reads)
 
-    def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
-        """As for any live teacher. Afterwards the student is as it was."""
-        with self._teaching():
-            return super().signal(inputs, targets)
-
     @contextmanager
-    def _teaching(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """The teaching adapter active, or none; the student's adapters, modes and flags restored.
 
         The tuner holds all active adapters; the `peft` model itself knows only one of them.
@@ -77,12 +69,13 @@ class AdapterTeacher(LiveTeacher):
         # peft changes these flags when it switches adapters, and would train what was frozen.
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            if self.adapter is None:
-                with model.disable_adapter():
+            with super().active():
+                if self.adapter is None:
+                    with model.disable_adapter():
+                        yield
+                else:
+                    model.set_adapter(self.adapter, inference_mode=True)
                     yield
-            else:
-                model.set_adapter(self.adapter, inference_mode=True)
-                yield
         finally:
             if self.adapter is not None:
                 model.set_adapter(current)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ class LiveTeacher:
     @torch.no_grad()
     def signal(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
         """The inputs of its output head at the targets; logits where the head is not supported."""
+        with self.active():
+            return self.runner.signal(inputs, targets, self._compiled)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """A context in which the model gives the teacher's distributions."""
         # At each step: a wrapper's .train() elsewhere would switch dropout on again.
         self.model.eval()
-        return self.runner.signal(inputs, targets, self._compiled)
+        yield

@@ -206,6 +206,8 @@ def test_prompts_and_text_get_completions(tmp_path: Path) -> None:
         found = made("gpt2", tmp_path / name, rows)
         assert found["completion"] == wanted
         assert found[name] == DOCUMENTS["document"]
+    alone = made("gpt2", tmp_path / "alone", DOCUMENTS.select_columns("document"))
+    assert alone["summary"] == wanted
     stream = IterableDataset.from_generator(lambda: iter(DOCUMENTS.to_list()))
     assert made("gpt2", tmp_path / "s", stream)["summary"] == wanted
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -10,15 +13,17 @@ import pytest
 import torch
 from datasets import Dataset
 from on_policy_setup import Watching, by_hand, check_step, make, one_step
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trainer_setup import make_rows, small_model
 
 from hf_distill import InputError, record
 from hf_distill.data import Collator
-from hf_distill.losses.divergences import forward_kl
-from hf_distill.losses.objective import Objective
-from hf_distill.losses.parts import drawn_tokens
+from hf_distill.losses.policy_gradient import drawn_labels
 from hf_distill.losses.signals import Logits
+from hf_distill.models.generation import Generator
+from hf_distill.models.mixture import Mixture
+from hf_distill.teachers import AdapterTeacher
 
 COLLATE = Collator(1, 0)
 
@@ -125,17 +130,16 @@ def test_the_drawn_tokens_estimate_the_gradient_of_the_reverse_kl() -> None:
     q = logits.softmax(-1)
     whole = (q * (q.log() - theirs.log_softmax(-1))).sum()
     (wanted,) = torch.autograd.grad(whole, logits)
-    objective = Objective(1.0, 1.0, forward_kl, "any", 12)
     rows, found = logits.detach().expand(12, 12), torch.zeros(1, 12).double()
     labels = torch.arange(12)
-    signal = drawn_tokens(Logits(rows), Logits(theirs.expand(12, 12)), labels, objective)
+    drawn = drawn_labels(Logits(rows), Logits(theirs.expand(12, 12)), labels, 1.0, 12)
+    signal = drawn.signal(drawn.own_advantages())
     for label in range(12):
         leaf = logits.detach().clone().requires_grad_()
         log_q = leaf.log_softmax(-1).gather(1, signal.ids[label : label + 1])
         (gradient,) = torch.autograd.grad(signal[label : label + 1].value(log_q).sum(), leaf)
         found += q[0, label].detach() * gradient
     torch.testing.assert_close(found, wanted)
-    assert objective.alpha == 1.0
 
 
 def test_two_skewed_sides(tmp_path: Path) -> None:
@@ -203,3 +207,114 @@ def test_raw_prompts_of_a_teacher(tmp_path: Path, tiny_tokenizer: Any) -> None:
         make(tmp_path, rows=[row | {"completion": "x"} for row in rows], **options)
     with pytest.raises(InputError, match="leave out recordings and replay"):
         make(tmp_path, rows=rows, replay=0.5, **options).train()
+
+
+# ---- MiniLLM ----
+
+
+def minillm(
+    student: Any, teacher: Any, rows: list[dict[str, Any]], mix: float
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of equation 9 of 2306.08543 in float64, token by token, on written rows."""
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    surrogate, value, targets = torch.zeros(()).double(), 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        q = student(input_ids=ids).logits[0].softmax(-1)
+        p = teacher(input_ids=ids).logits[0].softmax(-1).detach()
+        places = range(start - 1, ids.shape[1] - 1)  # of the predictions
+        ratio = (p / q).detach()
+        reward = {at: float(ratio[at, ids[0, at + 1]].log()) for at in places}
+        for at in places:
+            token = ids[0, at + 1]
+            later = [reward[further] for further in places if further > at]
+            back = sum(later) / len(later) if later else 0.0
+            drawn_from = mix * p[at, token] + (1 - mix) * q[at, token]
+            weight = float(q[at, token].detach() / drawn_from.detach())
+            single = (q[at] * (p[at] / q[at]).log()).sum()
+            surrogate = surrogate - weight * (single + back * q[at, token].log())
+            value -= weight * (float(single.detach()) + back)
+            targets += 1
+    (surrogate / targets).backward()
+    gradient = {n: x.grad.float() for n, x in student.named_parameters() if x.grad is not None}
+    return value / targets, gradient
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mix", [0.0, 0.4])
+def test_minillm(mix: float, fused: bool, tmp_path: Path) -> None:
+    teacher = small_model(1, layers=2, vocab_size=48)
+    seen, log, gradient = one_step(
+        tmp_path, alpha=1.0, teacher=teacher, on_policy=1.0, teacher_mix=mix, fused_head=fused,
+        on_policy_divergence="sequence_reverse_kl", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+
+    class Shared(torch.nn.Module):  # the teacher's ids that the student has too
+        def forward(self, input_ids: Tensor) -> Any:
+            found = teacher.double()(input_ids=input_ids)
+            return SimpleNamespace(logits=found.logits[..., :40])
+
+    value, by_name = minillm(small_model(0), Shared(), seen, mix)
+    teacher.float()
+    assert log["loss"] == pytest.approx(value, rel=1e-3)
+    parts = log["written_sequence_reverse_kl"] + log["written_returns"]
+    assert parts == pytest.approx(value, rel=1e-3)
+    for name, wanted in by_name.items():
+        torch.testing.assert_close(gradient[name], wanted, rtol=2e-3, atol=2e-5)
+
+
+def test_texts_are_drawn_from_the_mixture_of_both_models() -> None:
+    """Each token once more from whole forwards in float64, without caches and padding."""
+    student, teacher, mix, shared = small_model(0), small_model(1, vocab_size=48), 0.5, 40
+    mixture = Mixture(teacher, mix, shared, nullcontext)
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": 8}
+    generator = Generator(student, settings, pad_token_id=0, mixture=mixture)
+    alone = Generator(student, settings, pad_token_id=0)
+    prompts, seeds = [[5], [6, 7, 8], [9, 10, 11, 12]], [[3], [4], [5]]
+    written = [ids for ids, _ in generator.texts(prompts, seeds)]
+    assert written != [ids for ids, _ in alone.texts(prompts, seeds)]
+    student, teacher = student.double(), teacher.double()
+    for prompt, (seed,), ids in zip(prompts, seeds, written, strict=True):
+        draws = torch.Generator().manual_seed(seed)
+        for number, token in enumerate(ids):
+            before = torch.tensor([prompt + ids[:number]])
+            with torch.no_grad():
+                q = student(input_ids=before).logits[0, -1].softmax(-1)
+                p = teacher(input_ids=before).logits[0, -1, :shared].softmax(-1)
+            sums = (mix * p + (1 - mix) * q).cumsum(0)
+            at = torch.rand(1, generator=draws, dtype=torch.float64) * sums[-1]
+            assert int(torch.searchsorted(sums, at, right=True)) == token
+
+
+class Own:
+    """A teacher of one's own, which has a signal but no model."""
+
+    name, rows, tokenizer = "own", 40, None
+
+    def prepare(self, *_: Any, **__: Any) -> None: ...
+
+    def signal(self, *_: Any) -> Logits: ...
+
+
+def test_what_draws_of_a_restricted_distribution_would_falsify_is_refused(tmp_path: Path) -> None:
+    for options, message in (
+        ({"teacher_mix": 1.0}, "teacher_mix is 1.0, but must be at least 0, below 1"),
+        ({"teacher_mix": 0.2, "top_p": 0.9}, "top_p is 0.9, but must be 1 with teacher_mix"),
+        ({"on_policy_divergence": "drawn_token", "replay": 0.5}, "replay is 0.5, but must be 0"),
+        ({"on_policy_divergence": "sequence_reverse_kl", "temperature": 2.0}, "must be 1 with"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(tmp_path, on_policy=1.0, **options)
+    with pytest.raises(InputError, match="needs a teacher that is a model"):
+        make(tmp_path, teacher=Own(), on_policy=1.0, teacher_mix=0.2, max_steps=1).train()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_student_without_its_adapter_can_have_a_share_in_what_it_writes(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(small_model(0), config)
+    options: dict[str, Any] = {"on_policy": 1.0, "max_steps": 1, "teacher_mix": 0.5}
+    make(tmp_path, model=model, teacher=AdapterTeacher(model), **options).train()
+    assert model.active_adapters == ["default"]

@@ -8,8 +8,9 @@ from transformers import TrainingArguments
 
 from hf_distill.losses.divergences import DIVERGENCES
 
-# Judges the tokens that the student has drawn, each by itself (`losses.parts.drawn_tokens`).
-DRAWN = "drawn_token"
+# Losses of the student's own text beside the divergences (`losses.policy_gradient`): each drawn
+# token by itself, and MiniLLM's, where a token also answers for those after it.
+DRAWN, SEQUENCE = "drawn_token", "sequence_reverse_kl"
 
 
 @dataclass
@@ -40,7 +41,16 @@ class OnPolicyArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Divergence of the student's own text where it is not that of the other rows; "
-            f"also {DRAWN}, the reverse KL estimated from each token that was drawn."
+            f"also {DRAWN}, the reverse KL estimated from each token that was drawn, and "
+            f"{SEQUENCE}, the reverse KL of whole texts, in which a token also answers for what "
+            "follows it."
+        },
+    )
+    teacher_mix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the teacher's distribution in that from which each token of the "
+            "student's own text is drawn, 0 to below 1."
         },
     )
     sampling_temperature: float = field(
@@ -95,12 +105,30 @@ class OnPolicyArguments(TrainingArguments):
             "sample_steps": (self.sample_steps >= 0, "at least 0"),
             "replay": (0 <= self.replay <= 1, "between 0 and 1"),
             "on_policy_divergence": (
-                self.on_policy_divergence in (None, DRAWN, *DIVERGENCES),
-                f"one of {', '.join((*DIVERGENCES, DRAWN))}",
+                self.on_policy_divergence in (None, DRAWN, SEQUENCE, *DIVERGENCES),
+                f"one of {', '.join((*DIVERGENCES, DRAWN, SEQUENCE))}",
             ),
+            "teacher_mix": (0 <= self.teacher_mix < 1, "at least 0, below 1"),
             "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
+            **self._ranges_of_draws(),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
+        }
+
+    def _ranges_of_draws(self) -> dict[str, tuple[bool, str]]:
+        """What a loss needs that is right only for draws from the whole distribution as it is."""
+        if self.on_policy_divergence in (DRAWN, SEQUENCE):
+            cause = f"with on_policy_divergence {self.on_policy_divergence!r}"
+        elif self.teacher_mix:
+            cause = "with teacher_mix"
+        else:
+            return {}
+        needed = {"sampling_temperature": 1, "top_p": 1, "top_k": 0, "replay": 0}
+        if self.teacher_mix or self.on_policy_divergence == SEQUENCE:
+            needed["temperature"] = 1
+        return {
+            name: (getattr(self, name) == value, f"{value} {cause}")
+            for name, value in needed.items()
         }

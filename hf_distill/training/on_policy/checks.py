@@ -9,6 +9,7 @@ from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError
 from hf_distill.models.engines import is_sharded
 from hf_distill.tasks import CausalLM, Seq2SeqLM
+from hf_distill.teachers import LiveTeacher
 from hf_distill.training.on_policy.rows import KNOWN
 
 
@@ -31,6 +32,8 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
             "on_policy needs a live teacher to judge what the student writes: pass teacher="
             f"{beside}"
         )
+    if trainer.args.teacher_mix:
+        _check_mixture(trainer, names)
     if is_sharded(trainer.model_wrapped):
         raise InputError(
             "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
@@ -49,3 +52,21 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
         )
     if batch.get("labels") is None:
         raise InputError("on_policy needs labels, before whose first the prompt stands")
+
+
+def _check_mixture(trainer: Any, names: set[str]) -> None:
+    """InputError where the teacher cannot have a share in each token that is drawn."""
+    teacher = trainer.teacher
+    if isinstance(trainer._loss.task, Seq2SeqLM):
+        raise InputError("teacher_mix is for causal models: set it to 0 for an encoder-decoder")
+    if not isinstance(teacher, LiveTeacher) or teacher.together:
+        what = "in shards" if isinstance(teacher, LiveTeacher) else f"a {type(teacher).__name__}"
+        raise InputError(
+            "teacher_mix needs a teacher that is a model, whole on each process, but this one is "
+            f"{what}: set teacher_mix to 0, or give the model with teacher_placement='replicated'"
+        )
+    if TEACHER_PROMPT_IDS in names:
+        raise InputError(
+            f"teacher_mix lets the teacher continue the student's prompt, but the rows have "
+            f"{TEACHER_PROMPT_IDS}: leave out one of them"
+        )

@@ -25,6 +25,7 @@ from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
 from hf_distill.models.base import base_model
 from hf_distill.models.generation import Generator
+from hf_distill.models.mixture import Mixture
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX, Seq2SeqLM
 from hf_distill.training.on_policy.checks import check
@@ -39,6 +40,7 @@ from hf_distill.training.on_policy.written import (
     WRITTEN,
     Written,
     own_divergence,
+    own_draws,
 )
 from hf_distill.training.target_index import TargetIndex
 
@@ -179,8 +181,8 @@ class OnPolicy:
     @property
     def apart(self) -> bool:
         """Whether the student's text and data rows are judged in different ways."""
-        named = self.trainer.args.on_policy_divergence
-        return self.trainer._recorded is not None or named is not None or self._teacher_prompts
+        named = self.trainer.args.on_policy_divergence or self.trainer.args.teacher_mix
+        return self.trainer._recorded is not None or bool(named) or self._teacher_prompts
 
     @property
     def pad_token_id(self) -> int:
@@ -238,11 +240,16 @@ class OnPolicy:
         if unshared := range(self.trainer._objective.outcomes, student.outcomes):
             never = base_model(model).generation_config.suppress_tokens or []
             settings["suppress_tokens"] = sorted({*never, *unshared})
+        mixture, teacher = None, self.trainer.teacher
+        if args.teacher_mix:
+            outcomes = self.trainer._objective.outcomes
+            mixture = Mixture(teacher.model, args.teacher_mix, outcomes, teacher.active)
         return Generator(
             model,
             settings,
             pad_token_id=self.pad_token_id,
             autocast=self.trainer.accelerator.autocast,
+            mixture=mixture,
         )
 
     @contextmanager
@@ -333,6 +340,7 @@ class OnPolicy:
             None if asked is None else {name: part.to(device) for name, part in asked.items()},
             None if asked_index is None else asked_index.to(device),
             own_divergence(self.trainer.args),
+            own_draws(self.trainer.args),
         )
 
     def _asked(self, rows: list[Row]) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from hf_distill.data import TEACHER_PROMPT_IDS
-from hf_distill.losses.divergences import Divergence, named_divergence
+from hf_distill.losses.divergences import Divergence, named_divergence, reverse_kl
 from hf_distill.losses.objective import Objective
 from hf_distill.losses.parts import Part, at
+from hf_distill.losses.policy_gradient import Draws
 from hf_distill.losses.targets import Targets
 from hf_distill.recordings.reader import recorded_signal, without_recording
 from hf_distill.tasks import Task
-from hf_distill.training.on_policy.arguments import DRAWN, OnPolicyArguments
+from hf_distill.training.on_policy.arguments import DRAWN, SEQUENCE, OnPolicyArguments
 
 WRITTEN = "written"
 
@@ -32,7 +33,8 @@ class Written:
     asked: the batch that the live teacher sees, with labels; None for the student's own batch
     asked_index: the target index of `asked`. Its targets, in their order, are those of `own` where
         the rows of the data have recordings, else all of the student's batch
-    divergence: of the student's own text, see `own_divergence`; None for that of the data rows
+    divergence: of the student's own text, by name; None for that of the data rows
+    draws: what the loss makes of the student's own draws
     """
 
     rows: Tensor
@@ -40,7 +42,8 @@ class Written:
     data: Tensor
     asked: Mapping[str, Tensor] | None = None
     asked_index: Tensor | None = None
-    divergence: tuple[str, Divergence | None] | None = None
+    divergence: tuple[str, Divergence] | None = None
+    draws: Draws | None = None
 
     def asked_inputs(self, task: Task) -> tuple[dict[str, Any], Targets]:
         """What the live teacher is given where it does not see the student's batch."""
@@ -69,21 +72,28 @@ def judged_apart(
             if len(asked) or getattr(loss.teacher, "together", False):
                 signals[0] = loss.asked(loss.teacher_inputs(inputs), asked)
     name, function = written.divergence or (objective.name, objective.divergence)
-    ours = replace(objective, name=f"written_{name}", divergence=function or objective.divergence)
-    own = Part(written.own, signals[0], ours, OWN_TARGETS, drawn=function is None)
+    ours = replace(objective, name=f"written_{name}", divergence=function)
+    own = Part(written.own, signals[0], ours, OWN_TARGETS, written.draws)
     return own, Part(written.data, signals[1], objective, DATA_TARGETS)
 
 
-def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence | None] | None:
-    """Name and function of the divergence of the student's own text; None for that of all rows.
-
-    The function is None where only the tokens that were drawn are judged.
-    """
+def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence] | None:
+    """Name and function of the divergence of the student's own text; None for that of all rows."""
     name = args.on_policy_divergence
-    if name is None or name == DRAWN:
-        return None if name is None else (name, None)
+    if name is None:
+        return None
+    if name in (DRAWN, SEQUENCE):  # the former judges tokens, not distributions
+        return name, reverse_kl
     settings: Any = args
     return name, named_divergence(name, beta=settings.beta, skew=settings.skew)
+
+
+def own_draws(args: OnPolicyArguments) -> Draws | None:
+    """What the loss makes of the student's draws; None where only the distributions count."""
+    name, share = args.on_policy_divergence, args.teacher_mix
+    if not share and name not in (DRAWN, SEQUENCE):
+        return None
+    return Draws(token=name == DRAWN, returns=name == SEQUENCE, teacher_mix=share)
 
 
 def without_written(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Written | None]:
