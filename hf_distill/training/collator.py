@@ -17,7 +17,7 @@ from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.vocabulary import known_ids
 from hf_distill.recordings.collator import RecordingCollator
 from hf_distill.recordings.row_format import Header, tokenizer_hash
-from hf_distill.tasks import TARGET_INDEX, Task
+from hf_distill.tasks import TARGET_INDEX, Seq2SeqLM, Task
 from hf_distill.training.loss import DistillationLoss
 from hf_distill.training.target_index import TargetIndex
 
@@ -87,6 +87,8 @@ class CheckingCollator:
         self.task.check(batch, targets, self.outcomes)
         if isinstance(labels, Tensor) and self.task.aligned:
             self._look_at_padding(ids, labels, mask)
+        if isinstance(labels, Tensor) and isinstance(self.task, Seq2SeqLM):
+            self._look_for_copies(ids, labels)
         return targets.index
 
     def _look_at_padding(self, ids: Any, labels: Tensor, mask: Tensor | None) -> None:
@@ -98,6 +100,16 @@ class CheckingCollator:
                 )
             if isinstance(ids, Tensor) and self.end_of_text is not None:
                 self._look_for_masked_ends(ids, labels, mask)
+
+    def _look_for_copies(self, ids: Any, labels: Tensor) -> None:
+        """Rows of a causal model teach an encoder-decoder to copy."""
+        if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+            return
+        if bool(((labels == ids) | (labels == IGNORE)).all()):
+            self._say(
+                "The labels are the inputs, as in rows of a causal model, so that the "
+                "encoder-decoder learns to copy its source: give the target text as labels."
+            )
 
     def _look_for_masked_ends(self, ids: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Some collators mask every padding token, real end-of-text tokens among them."""

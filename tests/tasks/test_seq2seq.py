@@ -56,6 +56,20 @@ def test_arguments_of_the_other_trainer(tmp_path: Path) -> None:
         Seq2SeqDistillationTrainer(make_model("T5", TASK), None, arguments(tmp_path, alpha=0.0))
 
 
+def test_rows_of_a_causal_model_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"alpha": 0.0, "max_steps": 1, "per_device_train_batch_size": 3}
+    for rows, copies in (
+        (make_rows(TASK), False),
+        ([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 3, True),
+    ):
+        trainer = DistillationTrainer(
+            make_model("T5", TASK), None, arguments(tmp_path, **options), train_dataset=rows,
+            data_collator=collate,
+        )  # fmt: skip
+        trainer.train()
+        assert ("learns to copy its source" in caplog.text) == copies
+
+
 @pytest.mark.parametrize("kind", ["full", "top_k", "sampled"])
 def test_a_recorded_teacher_trains_as_the_live_one(kind: str, tmp_path: Path) -> None:
     """All 40 ids are recorded, so that only the codec's rounding is between the two."""
