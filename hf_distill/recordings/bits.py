@@ -7,6 +7,8 @@ so that a few array operations decode them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,3 +67,47 @@ def best_parameters(gaps: Ints, group: Ints, groups: int) -> Ints:
         best[cost < least] = parameter
         least = np.minimum(cost, least)
     return best
+
+
+class Damaged(ValueError):
+    """The bytes are not what an encoder wrote."""
+
+
+class Stream:
+    """Reads arrays from bytes, front to back. raises: Damaged, where they end too early"""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    @property
+    def size(self) -> int:
+        """The bytes that are left."""
+        return len(self.data) - self.at
+
+    def take(self, dtype: str, number: int) -> Any:
+        """The next values."""
+        if np.dtype(dtype).itemsize * number > self.size:
+            raise Damaged(f"{len(self.data)} bytes are too few")
+        found = np.frombuffer(self.data, dtype, number, self.at)
+        self.at += found.nbytes
+        return found
+
+    def end(self) -> None:
+        """Check that nothing is left."""
+        if self.size:
+            raise Damaged(f"{self.size} bytes too many")
+
+
+def rice(gaps: Ints, widths: Ints) -> list[Bytes]:
+    """Rice codes: low bits and unary part. gaps, widths: (n,), the latter the Rice parameters"""
+    return [pack(gaps & ((1 << widths) - 1), widths), pack_unary(gaps >> widths)]
+
+
+def unrice(stream: Stream, widths: Ints, unary: int | None = None) -> Ints:
+    """The gaps that `rice` was given. unary: bytes of the unary part, by default all that follow"""
+    low = unpack(stream.take("u1", -(-int(widths.sum()) // 8)), widths)
+    data = stream.take("u1", stream.size if unary is None else unary)
+    high = unpack_unary(data, len(widths))
+    if len(high) != len(low):
+        raise Damaged("the ids end too early")
+    return (high << widths) | low

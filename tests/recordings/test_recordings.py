@@ -26,7 +26,8 @@ from hf_distill.losses.kernels.torch import outcomes, value_and_gradient
 from hf_distill.losses.signals import Sampled
 from hf_distill.losses.signals import TopK as TopKSignal
 from hf_distill.losses.weights import Weights
-from hf_distill.recordings import COLUMN, codec
+from hf_distill.recordings import COLUMN, codec, id_lists
+from hf_distill.recordings.bits import Stream
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.recorder import RecordingSettings, estimate
 from hf_distill.recordings.row_format import read
@@ -87,7 +88,7 @@ def test_top_k_round_trip(case: tuple[codec.TopK, int]) -> None:
     found = codec.decode_top_k(codec.encode_top_k(content), n, k, vocabulary)
     assert (found.ids == content.ids).all()
     assert (np.isnan(found.log_label) == np.isnan(content.log_label)).all()
-    assert np.allclose(found.log_tail, np.maximum(content.log_tail, codec.LEAST_TAIL))
+    assert np.allclose(found.log_tail, np.maximum(content.log_tail, codec.LEAST_TAIL), rtol=1e-3)
     label = np.where(np.isnan(found.log_label), 0, np.exp(np.nan_to_num(found.log_label)))
     total = np.exp(found.log_probs).sum(1) + np.exp(found.log_tail) + label
     assert np.allclose(total, 1, atol=2e-3)
@@ -108,6 +109,37 @@ def test_sampled_round_trip(vocabulary: int, draws: int, n: int, seed: int) -> N
     assert (found.counts == said.counts[:, :most]).all()
     assert (found.counts.sum(1) == draws).all()
     assert np.allclose(found.entropy, said.entropy)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.sets(st.one_of(st.integers(0, 40), st.integers(0, 262143)), max_size=60), max_size=9
+    )
+)
+def test_lists_of_ids_round_trip_in_both_layouts(lists: list[set[int]]) -> None:
+    ids = np.array([i for one in lists for i in sorted(one)], np.int64)
+    lengths = np.array([len(one) for one in lists], np.int64)
+    sizes = []
+    for layout, encode in enumerate((id_lists._by_target, id_lists._by_id)):
+        data = b"".join(part.tobytes() for part in [np.uint8(layout), *encode(ids, lengths)])
+        found = id_lists.decode_lists(Stream(data), lengths, 262144)
+        assert found.tolist() == ids.tolist()
+        sizes.append(len(data))
+    chosen = b"".join(part.tobytes() for part in id_lists.encode_lists(ids, lengths))
+    assert len(chosen) == min(sizes)
+
+
+def test_ids_that_occur_again_and_again_take_fewer_bytes() -> None:
+    generator = np.random.default_rng(0)
+    known = np.sort(generator.choice(50257, 2000, replace=False))
+    lists = np.sort(np.stack([generator.choice(known, 64, replace=False) for _ in range(400)]), 1)
+    lengths = np.full(400, 64)
+    as_index, alone = (
+        sum(part.nbytes for part in encode(lists.ravel(), lengths))
+        for encode in (id_lists._by_id, id_lists._by_target)
+    )
+    assert as_index < 0.75 * alone
 
 
 def test_every_single_flipped_bit_is_found(tmp_path: Path) -> None:
