@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_distill.errors import InputError
     from hf_distill.evaluation.evaluate import evaluate_student
+    from hf_distill.evaluation.own_text import evaluate_written
     from hf_distill.losses.objective import Term
     from hf_distill.models.from_teacher import student_from_teacher
     from hf_distill.recordings.annotation import annotate
@@ -35,6 +36,7 @@ _PACKAGES = {
     "Term": "losses",
     "annotate": "recordings",
     "evaluate_student": "evaluation",
+    "evaluate_written": "evaluation",
     "load_recording": "recordings",
     "record": "recordings",
     "student_from_teacher": "models",
@@ -51,6 +53,7 @@ __all__ = [
     "Term",
     "annotate",
     "evaluate_student",
+    "evaluate_written",
     "load_recording",
     "record",
     "student_from_teacher",

@@ -13,6 +13,10 @@ from trainer_setup import collate as collate_right
 from transformers import PreTrainedTokenizerFast
 
 ROWS = make_rows(13, seed=5)
+# The same, each with a prompt of two tokens.
+PROMPTED = [
+    {"input_ids": row["input_ids"], "labels": [-100, -100, *row["input_ids"][2:]]} for row in ROWS
+]
 WORDS = ["<end>", "<pad>", *(f"{'ab' * (i % 4)}{i}" for i in range(2, VOCABULARY))]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from distributed import leave
-from evaluation_setup import ROWS, collate, pair, tokenizer
+from evaluation_setup import PROMPTED, ROWS, collate, pair, tokenizer
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance as measure
 from hf_distill.evaluation.evaluate import evaluate_models, evaluate_student
+from hf_distill.evaluation.own_text import evaluate_written
 from hf_distill.teachers import LiveTeacher
 
 
@@ -47,6 +48,12 @@ if __name__ == "__main__":
         speed=False,
     )
     figures["sets"] = quality
+    for rows in (13, 3):
+        written = evaluate_written(
+            student, teacher, PROMPTED[:rows], tokenizer(), batch_size=4, accelerator=accelerator
+        )
+        assert written.predictions is not None
+        figures[f"written {rows}"] = [written, written.predictions.texts]
     # What fails on the main process alone reaches all of them.
     measure.costs = lambda models, writes: diverged()  # type: ignore[assignment]
     try:

@@ -11,6 +11,7 @@ from hf_distill.evaluation.metrics import (
     RowMetric,
     TeacherAgreement,
 )
+from hf_distill.evaluation.own_text import evaluate_written
 from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import BINS, row_sums, text_bytes
 from hf_distill.evaluation.task_measures import Evaluation
@@ -44,6 +45,7 @@ __all__ = [
     "continuations",
     "evaluate_models",
     "evaluate_student",
+    "evaluate_written",
     "examples",
     "row_sums",
     "text_bytes",

@@ -1,4 +1,4 @@
-"""Greedy continuations of the same prompts by several models."""
+"""Prompts of held-out rows, and greedy continuations of them by several models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,30 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.errors import InputError
 from hf_distill.evaluation.evaluate import as_they_were
 from hf_distill.evaluation.speed import generate
+from hf_distill.losses.targets import IGNORE
 from hf_distill.models.from_scratch import max_positions
+
+
+def split_row(
+    row: Mapping[str, Any], prompt_tokens: int, reference_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """The prompt of a row, and what really follows it.
+
+    row: `input_ids`, and perhaps `labels` (default: the ids) and `attention_mask`
+    prompt_tokens, reference_tokens: at most, in a row of plain text, which has no prompt of its own
+    returns: the ids before the first target, and the targets up to the next id that is none; of
+        plain text its beginning, and what stands behind it
+    """
+    ids: Sequence[int] = row["input_ids"]
+    labels, mask = row.get("labels"), row.get("attention_mask")
+    labels, mask = ids if labels is None else labels, [1] * len(ids) if mask is None else mask
+    pairs = [(i, label) for i, label, seen in zip(ids, labels, mask, strict=True) if seen]
+    first = next((i for i, (_, label) in enumerate(pairs) if label != IGNORE), 0)
+    start = first if first > 1 else min(prompt_tokens, max(1, len(pairs) - 1))
+    targets = [label for _, label in pairs[start:]]
+    end = targets.index(IGNORE) if IGNORE in targets else len(targets)
+    reference = targets[:end] if first > 1 else targets[:end][:reference_tokens]
+    return [token for token, _ in pairs[:start]], reference
 
 
 @torch.no_grad()

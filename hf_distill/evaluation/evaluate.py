@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_distill.data import mask_rows, task_collator
 from hf_distill.errors import InputError
 from hf_distill.evaluation import performance
-from hf_distill.evaluation.pair import Pair
+from hf_distill.evaluation.pair import Outputs, Pair
 from hf_distill.evaluation.task_measures import Evaluation, Measure, task_measures
 from hf_distill.evaluation.writing import Texts
 from hf_distill.losses.targets import IGNORE
@@ -172,17 +172,20 @@ def _measure(
             outputs = pair.outputs(batch, theirs)
             theirs = outputs.teacher
             for one in measures:
-                columns = one.columns(outputs)
-                for name in one.widths_differ & columns.keys():
-                    columns[name] = accelerator.pad_across_processes(
-                        columns[name], dim=1, pad_index=IGNORE
-                    )
-                gathered = accelerator.gather_for_metrics(columns)
-                one.add({name: values.cpu() for name, values in gathered.items()})
+                collect(one, outputs, accelerator)
     return {
         name: Evaluation({k: v for one in of for k, v in one.figures().items()}, of)
         for name, (_, of) in measured.items()
     }
+
+
+def collect(measure: Measure, outputs: Outputs, accelerator: Accelerator) -> None:
+    """Add what a measure keeps of a batch on each process, without rows that fill the last one."""
+    columns = measure.columns(outputs)
+    for name in measure.widths_differ & columns.keys():
+        columns[name] = accelerator.pad_across_processes(columns[name], dim=1, pad_index=IGNORE)
+    gathered = accelerator.gather_for_metrics(columns)
+    measure.add({name: values.cpu() for name, values in gathered.items()})
 
 
 def _texts(

@@ -408,6 +408,9 @@ class EvaluateSection(Section):
     """Tokens of a prompt, where rows have no prompt of their own."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Tokens of a continuation; encoder-decoders write `data.max_target_length`."""
+    written: int = Field(default=0, ge=0)
+    """Held-out rows of each set after which causal models draw a text, which is compared with the
+    reference and judged by the teacher."""
     num_beams: int = Field(default=1, ge=1)
     """Beams with which an encoder-decoder writes."""
     harness: HarnessSection | None = None
@@ -545,6 +548,15 @@ class Recipe(Section):
             raise ValueError(
                 "has data.unlabelled and train.alpha 0, but rows without labels are learnt from "
                 "the teacher alone: raise train.alpha"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _written_texts_fit_the_task(self) -> Recipe:
+        if self.evaluate.written and self.task != "causal-lm":
+            raise ValueError(
+                f"has evaluate.written for the task {self.task}, but that is for causal-lm "
+                "(encoder-decoders always write): leave it out"
             )
         return self
 

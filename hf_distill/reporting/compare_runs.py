@@ -12,8 +12,14 @@ from rich.table import Table
 
 from hf_distill.reporting import plots
 from hf_distill.reporting.files import write_page
-from hf_distill.reporting.formatting import BY_KEY, Figure, figures_of, main_figures
-from hf_distill.reporting.report import divergence_label, divergences
+from hf_distill.reporting.formatting import (
+    BY_KEY,
+    Figure,
+    divergence_label,
+    figures_of,
+    main_figures,
+)
+from hf_distill.reporting.report import divergences
 from hf_distill.reporting.runs import Group, find_runs, group_runs, shown
 
 PAGE = "compare.html"

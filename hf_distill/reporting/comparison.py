@@ -37,10 +37,12 @@ RETAINED = (
     "perplexity",
     "bits_per_byte",
     "top1_agreement",
+    "written_rougeL",
+    "written_agreement",
 )
 """Not correlations, whose zero is no zero of quality, and squared errors, which depend on a unit;
 not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
-OTHERS = ("pearson", "spearman", "mse", "mse_to_teacher", "kl_to_teacher")
+OTHERS = ("pearson", "spearman", "mse", "mse_to_teacher", "kl_to_teacher", "written_reverse_kl")
 
 
 def compare(results: Results) -> dict[str, dict[str, float]]:

@@ -95,6 +95,15 @@ FIGURES = (
     Figure("mse_to_teacher", "Squared difference to the teacher", "", "lower", True),
     Figure("top1_agreement", "Top-1 agreement with the teacher", "", "higher", True, percent=True),
     Figure("calibration_error", "Expected calibration error", "", "lower", True, percent=True),
+    Figure("written_rougeL", "ROUGE-L of drawn text", "", "higher", True),
+    Figure("written_reverse_kl", "KL to the teacher, drawn text", "nats per token", "lower", True),
+    Figure("written_agreement", "Top-1 agreement, drawn text", "", "higher", True, percent=True),
+    Figure("written_teacher_log_prob", "Teacher log-prob of drawn text", "nats per token"),
+    Figure("written_log_prob", "Own log-prob of drawn text", "nats per token"),
+    Figure("written_tokens", "Length of drawn text", "tokens"),
+    Figure("written_cut", "Drawn texts without an end", percent=True),
+    Figure("written_repetition", "Repeated pairs, drawn text", percent=True),
+    Figure("written_distinct", "Different pairs, drawn text", percent=True),
     Figure("parameters", "Parameters", better="lower"),
     Figure("size_mb", "Size on disk", "MB", better="lower"),
     Figure("prefill_tokens_per_s", "Prefill speed", "tokens/s", better="higher"),
@@ -104,6 +113,14 @@ FIGURES = (
     Figure("train_seconds", "Training time", "s", better="lower"),
     Figure("targets", "Targets evaluated"),
 )
+DIVERGENCE_NAMES = {
+    "forward_kl": "Forward KL (nats per target)",
+    "reverse_kl": "Reverse KL (nats per target)",
+    "jsd": "Jensen-Shannon divergence (nats per target)",
+    "skew_forward_kl": "Skewed forward KL (nats per target)",
+    "skew_reverse_kl": "Skewed reverse KL (nats per target)",
+    "tvd": "Total variation distance per target",
+}
 # Beside a speed stands the spread of its rounds, (largest - smallest) / median, under its key with
 # this ending.
 SPREAD = "_spread"
@@ -143,6 +160,11 @@ def figures_of(models: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
         if any(measured(model, key) is not None for model in models.values())
     ]
     return known + others
+
+
+def divergence_label(name: str) -> str:
+    """The title of a divergence's plot."""
+    return DIVERGENCE_NAMES.get(name, name.replace("_", " ").capitalize())
 
 
 def unsteady_note(models: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from hf_distill.reporting.formatting import BY_KEY, compact, measured
 
-# Placeholders that matplotlib accepts; `_svg` replaces them by the page's variables.
+# Placeholders that matplotlib accepts; `as_svg` replaces them by the page's variables.
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {
     "teacher": "#0a0a01",
@@ -35,11 +35,11 @@ MARKERS = {"teacher": "D", "initial": "o", "baseline": "s", "off_policy": "^", "
 LINES = 12
 # With more groups `overlaid` leaves out the curves of training rows.
 FEW = 4
-_LINE_COLOURS = [f"#0b0b{number:02x}" for number in range(LINES)]
+LINE_COLOURS = [f"#0b0b{number:02x}" for number in range(LINES)]
 _VARIABLES = (
     {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
     | {colour: role for role, colour in COLOURS.items()}
-    | {colour: f"line-{number}" for number, colour in enumerate(_LINE_COLOURS)}
+    | {colour: f"line-{number}" for number, colour in enumerate(LINE_COLOURS)}
 )
 
 LOG_FROM_RATIO = 8
@@ -68,7 +68,7 @@ def curves(
     points = [point for pair in lines.values() for line in pair for point in line]
     if not points:
         return None
-    figure, axes = _axes(title)
+    figure, axes = new_axes(title)
     for role, (train, held_out) in lines.items():
         colour = COLOURS[role]
         if train:
@@ -82,14 +82,14 @@ def curves(
             axes.plot(*zip(*held_out, strict=True), color=colour, linewidth=1.8, **style)
     if teacher is not None:
         axes.axhline(teacher, color=COLOURS["teacher"], linewidth=1.2, linestyle=(0, (5, 3)))
-    _over_steps(axes, points, () if teacher is None else (teacher,))
+    over_steps(axes, points, () if teacher is None else (teacher,))
     if key in BY_KEY and BY_KEY[key].percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.01))  # a share is at most 1
-    return _svg(figure, f"{title} over the optimizer steps", f"{key} {name}".strip())
+    return as_svg(figure, f"{title} over the optimizer steps", f"{key} {name}".strip())
 
 
-def _over_steps(
+def over_steps(
     axes: Axes, points: Sequence[tuple[float, float]], others: Sequence[float] = ()
 ) -> None:
     """The axes of curves over the steps; others: more values that have to be in sight."""
@@ -129,10 +129,10 @@ def overlaid(groups: Mapping[str, Sequence[History]], key: str, title: str) -> s
         for histories in groups.values()
     ]
     thin = len(groups) <= FEW or all(len(held_out) < 2 for _, held_out in curves)
-    figure, axes = _axes(title)
+    figure, axes = new_axes(title)
     points: list[tuple[float, float]] = []
     ends = {}
-    for letter, colour, (train, held_out) in zip(groups, cycle(_LINE_COLOURS), curves):
+    for letter, colour, (train, held_out) in zip(groups, cycle(LINE_COLOURS), curves):
         shown = [[(step, mean) for step, mean, _ in c] for c in (train if thin else [], held_out)]
         if shown[0]:
             axes.plot(*zip(*shown[0], strict=True), color=colour, linewidth=1.0, alpha=0.55)
@@ -148,12 +148,12 @@ def overlaid(groups: Mapping[str, Sequence[History]], key: str, title: str) -> s
         points += [*shown[0], *shown[1]]
     if not points:
         return None
-    _over_steps(axes, points)
-    _name_ends(figure, axes, ends)
-    return _svg(figure, f"{title} over the optimizer steps", f"runs-{key}")
+    over_steps(axes, points)
+    name_ends(figure, axes, ends)
+    return as_svg(figure, f"{title} over the optimizer steps", f"runs-{key}")
 
 
-def _name_ends(
+def name_ends(
     figure: Figure, axes: Axes, ends: Mapping[str, tuple[tuple[float, float], str]], line: float = 9
 ) -> None:
     """The letter of each curve beside its end, within the axes, ``line`` points from the next."""
@@ -198,7 +198,7 @@ def scatter(models: Mapping[str, Mapping[str, Any]], x_key: str, y_key: str) -> 
     }
     if len(points) < 2:
         return None
-    figure, axes = _axes(_axis_label(y_key))
+    figure, axes = new_axes(_axis_label(y_key))
     for role, (x, y) in points.items():
         face = PAPER if role == "initial" else COLOURS[role]
         style: dict[str, Any] = {
@@ -215,7 +215,7 @@ def scatter(models: Mapping[str, Mapping[str, Any]], x_key: str, y_key: str) -> 
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(_axis_label(x_key))
     _name_points(figure, axes, points)
-    return _svg(figure, f"{_axis_label(y_key)} against {_axis_label(x_key)}", f"{x_key}-{y_key}")
+    return as_svg(figure, f"{_axis_label(y_key)} against {_axis_label(x_key)}", f"{x_key}-{y_key}")
 
 
 def _axis_label(key: str) -> str:
@@ -266,7 +266,7 @@ def _name_points(
         )
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+def new_axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", color=INK, size=10.5, pad=10)
@@ -279,7 +279,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, description: str, name: str) -> str:
+def as_svg(figure: Figure, description: str, name: str) -> str:
     """The figure as inline SVG: text as text, no fixed colours, the same for the same data."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

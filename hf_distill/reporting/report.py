@@ -22,23 +22,17 @@ from hf_distill.reporting.formatting import (
     ROLES,
     Figure,
     compact,
+    divergence_label,
     figures_of,
     main_figures,
     measured,
     unsteady_note,
 )
+from hf_distill.reporting.written import written_in_training
 
 TRAINED = ("baseline", "off_policy", "student")
 # Logged under `eval_` too, but no part of the objective, or drawn in a panel of its own.
 NOT_DIVERGENCES = {"loss", "ce", "teacher_ce", "top1_agreement"}
-DIVERGENCE_NAMES = {
-    "forward_kl": "Forward KL (nats per target)",
-    "reverse_kl": "Reverse KL (nats per target)",
-    "jsd": "Jensen-Shannon divergence (nats per target)",
-    "skew_forward_kl": "Skewed forward KL (nats per target)",
-    "skew_reverse_kl": "Skewed reverse KL (nats per target)",
-    "tvd": "Total variation distance per target",
-}
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -70,6 +64,12 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
 def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     recipe_text, recipe = read_recipe(run_dir)
     teacher, student = names(recipe)
+    histories = {
+        role: history
+        for role in TRAINED
+        if role in models  # files of an earlier recipe are left out
+        and (history := read_json(run_dir / role / "log_history.json", list))
+    }
     return {
         "name": str(recipe.get("name") or run_dir.resolve().name),
         "headline": headline(models, teacher, student),
@@ -80,7 +80,8 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "benchmarks": benchmark_rows(metrics),
         "unsteady": unsteady_note(models),
         "nearer": nearer_sentence(metrics.get("sets") or {}),
-        "curves": _curves(run_dir, models, list(metrics.get("sets") or {})),
+        "curves": _curves(run_dir, histories, list(metrics.get("sets") or {})),
+        "written": written_in_training(histories),
         "scatters": _scatters(models),
         "continuations": metrics.get("continuations") or [],
         "examples": metrics.get("examples") or [],
@@ -307,14 +308,8 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 # ---- Plots ----
 
 
-def _curves(run_dir: Path, models: dict[str, Any], sets: list[str]) -> list[str]:
-    """The curves of both trainings; those of held-out rows for each set of them."""
-    histories = {
-        role: history
-        for role in TRAINED
-        if role in models  # files of an earlier recipe are left out
-        and (history := read_json(run_dir / role / "log_history.json", list))
-    }
+def _curves(run_dir: Path, histories: Mapping[str, plots.History], sets: list[str]) -> list[str]:
+    """The curves of all trainings; those of held-out rows for each set of them."""
     if not sets:
         return _curves_of_set(run_dir, histories)
     found: list[str] = []
@@ -370,11 +365,6 @@ def divergences(histories: Mapping[str, plots.History]) -> list[str]:
     """The names of what was logged both in training and, as ``eval_<name>``, on held-out rows."""
     keys = dict.fromkeys(key for h in histories.values() for entry in h for key in entry)
     return [key for key in keys if f"eval_{key}" in keys and key not in NOT_DIVERGENCES]
-
-
-def divergence_label(name: str) -> str:
-    """The title of a divergence's plot."""
-    return DIVERGENCE_NAMES.get(name, name.replace("_", " ").capitalize())
 
 
 def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 from distributed import launch
-from evaluation_setup import ROWS, WORDS, collate, collate_left, pair, tokenizer
+from evaluation_setup import PROMPTED, ROWS, WORDS, collate, collate_left, pair, tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainer_setup import small_model
 
-from hf_distill import DistillationTrainer
+from hf_distill import DistillationTrainer, evaluate_written
 from hf_distill.errors import InputError
 from hf_distill.evaluation import continuations, evaluate_models, evaluate_student
 from hf_distill.teachers import LiveTeacher
@@ -218,6 +218,12 @@ def test_processes_do_not_matter(processes: int, tmp_path: Path) -> None:
         for role, model in (("teacher", teacher), ("student", student)):
             alone = evaluate(model, teacher, of_set, batch_size=4)
             assert found[0]["sets"][name][role] == pytest.approx(alone, rel=1e-6)
+    for rows in (13, 3):
+        alone = evaluate_written(student, teacher, PROMPTED[:rows], tokenizer(), batch_size=4)
+        figures, texts = found[0][f"written {rows}"]
+        assert figures == pytest.approx(alone, rel=1e-5)
+        assert alone.predictions is not None
+        assert texts == alone.predictions.texts
 
 
 class CountedTeacher(LiveTeacher):

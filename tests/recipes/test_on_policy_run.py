@@ -15,6 +15,7 @@ import hf_distill
 
 OPTIONS = (
     "data.packing=false",
+    "evaluate.written=3",
     "off_policy={max_steps: 4, learning_rate: 1e-2, logging_steps: 1}",
     "train={alpha: 0.9, on_policy: 0.5, max_new_tokens: 6, prompt_tokens: 8, keep_rows: true,"
     " max_steps: 4, learning_rate: 0.0, logging_steps: 1}",
@@ -45,6 +46,17 @@ def test_the_second_training_goes_on_from_the_first(more: tuple[str, ...], tmp_p
     assert found["off_policy"]["kl_to_teacher"] == found["student"]["kl_to_teacher"]
     assert found["off_policy"]["kl_to_teacher"] != found["initial"]["kl_to_teacher"]
     assert found["off_policy"]["train_seconds"] > 0
+    of_role = {
+        role: {key: value for key, value in of.items() if key.startswith("written_")}
+        for role, of in found.items()
+        if role in ("teacher", "initial", "baseline", "off_policy", "student")
+    }
+    assert of_role.pop("initial") == {}
+    assert of_role["off_policy"] == of_role["student"] != of_role["teacher"]
+    assert of_role["teacher"]["written_reverse_kl"] == 0 < of_role["student"]["written_reverse_kl"]
+    assert all(len(of) == 9 for of in of_role.values())
+    for text in ("report.html", "student/README.md"):
+        assert "ROUGE-L of drawn text" in (folder / text).read_text()
     kept = hf_distill.written_rows(folder / "student")
     assert set(kept["step"]) == {1, 2, 3, 4}
     assert all(kept["prompt"])

@@ -6,7 +6,6 @@ import gc
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any
 import psutil
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 
-from hf_distill.evaluation import Evaluation, continuations, evaluate_models
+from hf_distill.evaluation import Evaluation, evaluate_models
 from hf_distill.evaluation.harness import Scores, harness_scores
 from hf_distill.evaluation.performance import MB, PeakMemory, size_mb
 from hf_distill.losses.divergences import parameters
-from hf_distill.losses.targets import IGNORE
 from hf_distill.models.engines import made_whole
 from hf_distill.recipes import Recipe
+from hf_distill.recipes.stages.continuing import Continuations, written_by
 from hf_distill.recipes.stages.models import (
     accelerator_of,
     collator_of,
@@ -70,8 +68,7 @@ def measure(run: Run, result: Path) -> None:
     section, tokenizer = run.recipe.evaluate, tokenizer_of(run)
     sets = {split: rows_of(run, split) for split in run.recipe.data.eval_splits}
     causal = run.recipe.task == "causal-lm"
-    prompts = _prompts(run, sets) if causal else []
-    shown: list[dict[str, Any]] = [dict(prompt.of_set) for prompt in prompts]
+    shown = Continuations(run, sets) if causal else None
     accelerator = accelerator_of(run)
     figures: dict[str, dict[str, Evaluation]] = {split: {} for split in sets}
     all_costs: Figures = {}
@@ -95,17 +92,17 @@ def measure(run: Run, result: Path) -> None:
             figures[split] |= found
         for role in roles:
             all_costs[role] = costs[role] | _training_time(run, role)
-        for role, model in models.items() if causal else ():
+        for role, model in models.items():
+            if shown is None or role in ("unadapted", "initial"):
+                continue
             shards = role == "teacher" and teacher.together  # run by all processes together
-            if role not in ("unadapted", "initial") and (run.state.is_main_process or shards):
-                texts = continuations(
-                    {role: model},
-                    [prompt.ids for prompt in prompts],
-                    tokenizer,
-                    max_new_tokens=section.max_new_tokens,
-                )
-                shown = [{**before, **text} for before, text in zip(shown, texts, strict=True)]
-            if role not in ("unadapted", "initial") and section.harness is not None and not shards:
+            if run.state.is_main_process or shards:
+                shown.add(role, model)
+            if shards:
+                continue
+            for split, rows in sets.items() if section.written else ():
+                figures[split][role] |= written_by(run, model, teacher, rows, accelerator)
+            if section.harness is not None:
                 precision = PRECISIONS.get(accelerator.mixed_precision)
                 scores[role] = run.from_main(partial(_benchmarks, run, model, precision))
         del models
@@ -113,8 +110,9 @@ def measure(run: Run, result: Path) -> None:
         run.state.wait_for_everyone()
     AcceleratorState._reset_state()  # a later training may have another precision
     if run.state.is_main_process:
-        facts: dict[str, Any] = {"continuations": shown}
-        if not causal:
+        if shown is not None:
+            facts: dict[str, Any] = {"continuations": shown.table}
+        else:
             measured = figures[next(iter(sets))]
             ordered = {role: measured[role] for role in ROLES if role in measured}
             facts = {"task": run.recipe.task, "examples": examples_of(run, ordered)}
@@ -224,43 +222,6 @@ def _model(run: Run, role: str, teacher: LiveTeacher) -> Any:
     if role == "unadapted":
         return unadapted_teacher(run)
     return trained(run, role)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """ids: of a held-out row; of_set: the name of its set, where sets have names"""
-
-    ids: list[int]
-    of_set: dict[str, str]
-
-
-def _prompts(run: Run, sets: Mapping[str, Dataset]) -> list[_Prompt]:
-    """The beginnings of a few rows of each set."""
-    section = run.recipe.evaluate
-    most = min(
-        section.prompt_tokens, run.recipe.data.max_length // 2
-    )  # leaves positions for the continuation
-    return [
-        _Prompt(
-            _prompt(rows[row], most),
-            {} if split == "eval" else {"set": split.removeprefix("eval/")},
-        )
-        for split, rows in sets.items()
-        for row in _spread(rows, section.prompts)
-    ]
-
-
-def _prompt(row: dict[str, Any], most: int) -> list[int]:
-    """The row up to its first target; of plain text the beginning."""
-    ids, labels = row["input_ids"], row["labels"]
-    learnt = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
-    return ids[:learnt] if learnt > 1 else ids[:most]
-
-
-def _spread(rows: Dataset, number: int) -> list[int]:
-    """Indices of a few rows, evenly over the set."""
-    number = min(number, len(rows))
-    return [i * len(rows) // number for i in range(number)]
 
 
 def _circumstances(run: Run) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+
+from hf_distill.evaluation.text_figures import length_and_variety
 
 # So many steps in a row before the warnings, with at least this share of texts that were cut, or
 # of repeated pairs of tokens in a text.
@@ -37,29 +37,11 @@ class Text:
         """The hash of the prompt's ids, as 16 hexadecimal digits."""
         return xxhash.xxh3_64_hexdigest(np.asarray(self.prompt, "<i4").tobytes())
 
-    @property
-    def repetition(self) -> float:
-        """The share of pairs of tokens that occurred before in this text, 0 to 1."""
-        pairs = list(pairwise(self.completion))
-        return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-
 
 def text_figures(texts: Sequence[Text]) -> dict[str, float]:
-    """Length and variety of some texts, by their names in the log; {} without any text.
-
-    written_tokens: mean length; written_cut: share of texts without an end
-    written_repetition: mean share of pairs of tokens that repeat one of the same text
-    written_distinct: different pairs of tokens over all pairs, of all texts together
-    """
-    if not texts:
-        return {}
-    pairs = [pair for text in texts for pair in pairwise(text.completion)]
-    return {
-        "written_tokens": statistics.fmean(len(text.completion) for text in texts),
-        "written_cut": statistics.fmean(not text.finished for text in texts),
-        "written_repetition": statistics.fmean(text.repetition for text in texts),
-        "written_distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
-    }
+    """Length and variety of some texts, by their names in the log, see `length_and_variety`."""
+    completions, finished = [t.completion for t in texts], [t.finished for t in texts]
+    return length_and_variety(completions, finished)
 
 
 @dataclass
