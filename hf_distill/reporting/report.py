@@ -184,6 +184,11 @@ def unequal(recipe: Mapping[str, Any]) -> list[str]:
             "The student also learnt rows without labels, from the teacher alone; the baseline, "
             "which has no teacher, could not use them."
         )
+    if _section(recipe, "off_policy"):
+        found.append(
+            "Before these steps the student was distilled on the data rows (off_policy); the "
+            "baseline had no such training."
+        )
     return found
 
 

@@ -208,6 +208,11 @@ def test_files_that_cannot_be_read(path: Path, tmp_path: Path) -> None:
     assert "not a UTF-8 text file" in message(path)
 
 
+def test_only_causal_models_continue_prompts(path: Path) -> None:
+    said = message(path, "task=seq2seq-lm", "evaluate.written=8")
+    assert "has evaluate.written for the task seq2seq-lm" in said
+
+
 # ---- What is shipped and documented ----
 
 
