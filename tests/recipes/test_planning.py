@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_setup import invoke, write_recipe
@@ -20,6 +21,7 @@ from hf_distill.recipes.planning.arithmetic import (
     parts,
     possible,
 )
+from hf_distill.training.on_policy import OnPolicy
 
 # A student of 1B and a teacher of 7B parameters, bfloat16 beside float32 and AdamW.
 MEASURES = Measures(
@@ -194,3 +196,53 @@ def test_a_plan_tells_of_steps_that_differ() -> None:
 
     assert "the trial's steps differ by up to 21% of their median" in told(0.21)
     assert "steps differ" not in told(0.2)
+
+
+# ---- Students that write ----
+
+
+def test_the_time_of_writing_is_counted(tmp_path: Path) -> None:
+    options = ["data.packing=false", "train.on_policy=0.5", "train.max_new_tokens=24"]
+    options += ["train.gradient_accumulation_steps=2", "train.max_steps=100"]
+    plan = make_plan(load_recipe(write_recipe(tmp_path), options), 1, 8e9)
+    found = plan.measures
+    # 24 forwards of single tokens take longer than one forward and backward.
+    assert found.writing > found.seconds / 2 > 0
+    assert plan.hours == pytest.approx(100 * 2 * (found.seconds + found.writing) / 3600)
+    assert any(line.startswith("writing: ") for line in plan.lines("r.yaml"))
+    silent = make_plan(load_recipe(write_recipe(tmp_path)), 1, 8e9)
+    assert silent.measures.writing == 0
+    assert not any(line.startswith("writing: ") for line in silent.lines("r.yaml"))
+
+
+def test_texts_of_a_trial_are_as_long_as_they_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def spied(self: OnPolicy, rows: list[Any]) -> Any:
+        texts = written(self, rows)
+        seen.extend((len(text.prompt), len(text.completion)) for text in texts)
+        return texts
+
+    written = OnPolicy._write
+    monkeypatch.setattr(OnPolicy, "_write", spied)
+    options = ["data.packing=false", "train.on_policy_raise=0.1", "train.max_new_tokens=24"]
+    recipe = load_recipe(write_recipe(tmp_path), options)
+    trials._trial(recipe, None, None)
+    assert set(seen) == {(8, 24)}  # data.max_length is 32
+    assert len(seen) == trials.STEPS * 8  # all rows of each step
+
+
+def test_a_student_that_writes_is_whole_and_its_teacher_live(tmp_path: Path) -> None:
+    names = [how.name for how in possible(8, writes=True, recorded=True)]
+    assert names == ["DDP", "ZeRO-2", "ZeRO-2, teacher sharded"]
+    options = ["data.packing=false", "record.k=8", "train.on_policy=0.5"]
+    plan = make_plan(load_recipe(write_recipe(tmp_path), options), 1, 8e9)
+    assert plan.measures.teacher > 0
+    assert all(of["teacher"] > 0 for of in plan.ways.values())
+
+
+def test_the_time_of_writing_grows_with_the_students_layers() -> None:
+    one, two = replace(MEASURES, writing=2.0), replace(MEASURES, writing=2.5)
+    assert extrapolated(one, two, one, student=12, teacher=24).writing == 2.0 + 11 * 0.5

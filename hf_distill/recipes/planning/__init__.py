@@ -21,7 +21,7 @@ from rich.table import Table
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, arguments
 from hf_distill.recipes.planning.arithmetic import PARTS, Configuration, Measures, parts, possible
-from hf_distill.recipes.planning.trial import measures_of
+from hf_distill.recipes.planning.trial import measures_of, writes
 from hf_distill.recipes.stages.models import teaches_itself
 from hf_distill.recordings import TopK, codec
 from hf_distill.reporting.formatting import LARGEST_SPREAD
@@ -41,6 +41,7 @@ class Plan:
     steps, rows: of the training, and of the data where they are prepared; None where not known
     records, teaches_itself: whether the recipe itself records its teacher, or has one that is the
         student's own base
+    off_policy: whether there is another distillation before the one that is planned
     """
 
     measures: Measures
@@ -54,6 +55,7 @@ class Plan:
     bytes_per_target: float
     records: bool = False
     teaches_itself: bool = False
+    off_policy: bool = False
 
     @property
     def recommended(self) -> Configuration | None:
@@ -70,7 +72,8 @@ class Plan:
         """Of the distillation; a baseline takes at most as long again."""
         if self.steps is None:
             return None
-        return self.steps * self.measures.accumulation * self.measures.seconds / 3600
+        seconds = self.measures.seconds + self.measures.writing
+        return self.steps * self.measures.accumulation * seconds / 3600
 
     def table(self) -> Table:
         """Memory by part, a row a configuration."""
@@ -113,6 +116,11 @@ class Plan:
             f"tokens on this machine, {self.tokens_per_second:,.0f} tokens/s on {self.devices} "
             "such devices, if none waits for another"
         ]
+        if self.measures.writing:
+            found.append(
+                f"writing: {self.measures.writing:,.2f} s more a micro-batch, where all texts have "
+                "train.max_new_tokens; less where they end before"
+            )
         if self.measures.spread > LARGEST_SPREAD:
             found.append(
                 f"the trial's steps differ by up to {self.measures.spread:.0%} of their median: "
@@ -126,6 +134,7 @@ class Plan:
             )
         else:
             again = ", and at most as long again for the baseline" if self.baseline else ""
+            again += "; off_policy comes before and is not counted" if self.off_policy else ""
             found.append(f"time: {self.steps:,} steps in {self.hours:,.2f} hours{again}")
         if self.rows is not None:
             size = self.rows * self.length * self.bytes_per_target
@@ -174,7 +183,9 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
     """Measure a few steps of the recipe here, and estimate them on other machines."""
     measures = measures_of(recipe, devices)
     cpu = not torch.cuda.is_available()
-    possible_ways = possible(devices, recorded=recipe.record is not None, cpu=cpu)
+    possible_ways = possible(
+        devices, recorded=recipe.record is not None, cpu=cpu, writes=writes(recipe)
+    )
     ways = {how: parts(measures, how, devices, cpu=cpu) for how in possible_ways}
     rows = _rows(recipe)
     return Plan(
@@ -189,6 +200,7 @@ def make_plan(recipe: Recipe, devices: int, memory: float) -> Plan:
         bytes_per_target=_bytes_per_target(recipe),
         records=recipe.record is not None,
         teaches_itself=teaches_itself(recipe),
+        off_policy=recipe.off_policy is not None,
     )
 
 

@@ -24,6 +24,7 @@ class Measures:
     activations: all else that is held at the peak; head: the chunk of logits that it is made in
     seconds, tokens: of the micro-batch; accumulation: micro-batches of a step on each device
     spread: of the seconds of the trial's steps, (largest - smallest) / median
+    writing: seconds in which the student writes for a micro-batch, with texts of `max_new_tokens`
     """
 
     libraries: float
@@ -42,6 +43,7 @@ class Measures:
     tokens: int
     accumulation: int
     spread: float = 0.0
+    writing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,19 @@ def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) ->
     return dict(zip(PARTS, values, strict=True))
 
 
-def possible(devices: int, *, recorded: bool = False, cpu: bool = False) -> list[Configuration]:
+def possible(
+    devices: int, *, recorded: bool = False, cpu: bool = False, writes: bool = False
+) -> list[Configuration]:
     """The ways to run on so many devices, the fastest first.
 
     recorded: only those with a recorded teacher; cpu: none that offload to where all is already
+    writes: only those in which a student can write, whole on its device, for a live teacher
     """
     ways = [
         how for how in CONFIGURATIONS if how.several == (devices > 1) and not (cpu and how.offload)
     ]
+    if writes:
+        return [how for how in ways if not how.recorded and how.zero < 3]
     if not recorded:
         return ways
     engines = {how.file: how for how in reversed(ways)}  # one of each: the first
@@ -136,4 +143,6 @@ def extrapolated(
     of_student, of_teacher = two.seconds - one.seconds, other.seconds - one.seconds
     seconds = one.seconds + max(0, of_student) * (student - 1) + max(0, of_teacher) * (teacher - 1)
     layer = max(0.0, two.activations - one.activations)
-    return replace(one, seconds=seconds, activations=one.activations + layer * (student - 1))
+    writing = one.writing + max(0.0, two.writing - one.writing) * (student - 1)
+    activations = one.activations + layer * (student - 1)
+    return replace(one, seconds=seconds, writing=writing, activations=activations)

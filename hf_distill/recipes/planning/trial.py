@@ -31,6 +31,7 @@ from hf_distill.evaluation.performance import PeakMemory
 from hf_distill.evaluation.speed import spread_of
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
+from hf_distill.losses.targets import IGNORE
 from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import Stack, choose_layers
 from hf_distill.models.loading import UNREADABLE, check_gguf
@@ -66,6 +67,8 @@ def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
             "the recipe with train.max_steps=20 to see its time and memory"
         )
     recipe = _on_one(recipe, devices)
+    if writes(recipe):  # a live teacher judges, also beside a recording
+        recipe = recipe.model_copy(update={"record": None})
     student, teacher = _configs(recipe)
     whole = _Sizes(recipe, student), _Sizes(recipe, teacher, role="teacher")
     if _is_small(recipe, *whole):
@@ -85,6 +88,12 @@ def measures_of(recipe: Recipe, devices: int, say: Any = print) -> Measures:
         teacher_layer=whole[1].layer,
         teacher_ends=whole[1].ends,
     )
+
+
+def writes(recipe: Recipe) -> bool:
+    """Whether the student writes in the training that is planned."""
+    train = arguments(recipe.train)
+    return bool(train["on_policy"] or train["on_policy_raise"])
 
 
 def _on_one(recipe: Recipe, devices: int) -> Recipe:
@@ -145,19 +154,26 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
     vocabulary, length = student_config.get_text_config().vocab_size, recipe.data.max_length
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        # The time of writing depends on what is written.
-        settings = arguments(recipe.train) | _QUIET | {"on_policy": 0.0, "on_policy_raise": 0.0}
+        settings = arguments(recipe.train) | _QUIET
+        if writes(recipe):  # as many rows as ever in a step
+            share = 1.0 if settings["on_policy_raise"] else settings["on_policy"]
+            settings |= _WRITING | {"on_policy": share}
+            student.generation_config.eos_token_id = None  # texts as long as they may be
         if recipe.record is not None:
             settings["alpha"] = 0.0  # takes what a recorded teacher takes, within some percent
         args = training_arguments(recipe, settings, folder)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
         ids = torch.randint(0, vocabulary, (rows, length)).tolist()
+        # With its text a row is as long as it may be.
+        prompt = max(2, length - args.max_new_tokens) if args.on_policy else 0
         teacher = _teacher(recipe, _cut(teacher_config, teacher_layers), student)
         trainer = DistillationTrainer(
             student,
             teacher,
             args,
-            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            train_dataset=[
+                {"input_ids": row, "labels": [IGNORE] * prompt + row[prompt:]} for row in ids
+            ],
             data_collator=_collate,
             callbacks=[clock],
         )
@@ -193,7 +209,14 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
         spread=spread_of(clock.seconds[1:]),
         tokens=tokens,
         accumulation=args.gradient_accumulation_steps,
+        writing=_writing(trainer.state.log_history[1:]) / args.gradient_accumulation_steps,
     )
+
+
+def _writing(log: list[dict[str, Any]]) -> float:
+    """Seconds of writing for a step, of the entries of some steps; 0 where none was written."""
+    found = [entry["writing_seconds"] for entry in log if "writing_seconds" in entry]
+    return statistics.median(found) if found else 0.0
 
 
 _QUIET = {
@@ -203,6 +226,13 @@ _QUIET = {
     "logging_steps": 1,
     "disable_tqdm": True,
     "report_to": "none",
+}
+_WRITING = {
+    "on_policy_raise": 0.0,
+    "on_policy_warmup": 0.0,
+    "replay": 0.0,
+    "keep_rows": False,
+    "sample_steps": 0,
 }
 
 
