@@ -10,6 +10,8 @@ from hf_distill.losses.divergences import DIVERGENCES
 
 # Judges the tokens that the student has drawn, each by itself (`losses.parts.drawn_tokens`).
 DRAWN = "drawn_token"
+# The backends that write (`on_policy.backends`).
+WRITING_BACKENDS = ("generate", "vllm")
 
 
 @dataclass
@@ -73,6 +75,14 @@ class OnPolicyArguments(TrainingArguments):
             "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
         },
     )
+    writing_backend: str = field(
+        default="generate",
+        metadata={"help": f"What writes the student's text: {' or '.join(WRITING_BACKENDS)}."},
+    )
+    vllm_memory: float = field(
+        default=0.3,
+        metadata={"help": "Share of the device's memory that vLLM takes, 0 to 1."},
+    )
     sample_steps: int = field(
         default=50,
         metadata={
@@ -98,6 +108,11 @@ class OnPolicyArguments(TrainingArguments):
                 self.on_policy_divergence in (None, DRAWN, *DIVERGENCES),
                 f"one of {', '.join((*DIVERGENCES, DRAWN))}",
             ),
+            "writing_backend": (
+                self.writing_backend in WRITING_BACKENDS,
+                f"one of {', '.join(WRITING_BACKENDS)}",
+            ),
+            "vllm_memory": (0 < self.vllm_memory < 1, "above 0 and below 1"),
             "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),

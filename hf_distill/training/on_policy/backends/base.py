@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from hf_distill.models.base import base_model
+from hf_distill.models.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,11 @@ def sampling(trainer: Any) -> Sampling:
     unshared = range(trainer._objective.outcomes, trainer._loss.student.outcomes)
     never = {*((config and config.suppress_tokens) or []), *unshared}
     return Sampling(args.sampling_temperature, args.top_p, args.top_k, sorted(never))
+
+
+def somewhere(prompts: Sequence[Prompt], trainer: Any) -> bool:
+    """Whether there is anything to write; where weights are gathered for it, on any process."""
+    if not is_sharded(trainer.model):
+        return bool(prompts)
+    number = torch.tensor(len(prompts), device=trainer.args.device)
+    return bool(trainer.accelerator.reduce(number, "sum").item())

@@ -11,8 +11,8 @@ import torch
 
 from hf_distill.models.base import base_model
 from hf_distill.models.generation import Generator
-from hf_distill.models.shards import is_sharded, whole_weights
-from hf_distill.training.on_policy.backends.base import Prompt, Written, sampling
+from hf_distill.models.shards import whole_weights
+from hf_distill.training.on_policy.backends.base import Prompt, Written, sampling, somewhere
 
 # Prompts of similar length that are continued together.
 ROWS_AT_A_TIME = 32
@@ -33,7 +33,7 @@ class GenerateBackend:
     def write(self, prompts: Sequence[Prompt]) -> list[Written]:
         """See `Backend`."""
         found: dict[int, Written] = {}
-        if not self._somewhere(prompts):
+        if not somewhere(prompts, self.trainer):
             return []
         order = sorted(
             enumerate(prompts), key=lambda one: (len(one[1].ids), one[1].ids, one[1].new_tokens)
@@ -48,13 +48,6 @@ class GenerateBackend:
                     for (number, _), text in zip(part, texts, strict=True):
                         found[number] = Written(*text)
         return [found[number] for number in range(len(prompts))]
-
-    def _somewhere(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether there is anything to write; where weights are gathered, on any process."""
-        if not is_sharded(self.trainer.model):
-            return bool(prompts)
-        number = torch.tensor(len(prompts), device=self.trainer.args.device)
-        return bool(self.trainer.accelerator.reduce(number, "sum").item())
 
     def _generator(self, model: Any, length: int) -> Generator:
         how = sampling(self.trainer)
