@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(TESTS / "training"))
 
@@ -28,16 +29,29 @@ from test_on_policy_rows import make_for_processes
 from hf_distill.models.base import base_model
 
 
+class ShardsAfterSteps(TrainerCallback):
+    """Notes after each step whether ZeRO-3 has released weights."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        status = {getattr(p, "ds_status", None) for p in kwargs["model"].parameters()}
+        self.seen.append("NOT_AVAILABLE" in {getattr(one, "name", "") for one in status})
+
+
 def by_trainer(trainer: Any, engine: str) -> tuple[list[Any], dict[str, Tensor]]:
     if engine == "zero3":  # without it weights as small as these stay whole
         plugin = trainer.accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    shards = ShardsAfterSteps()
+    trainer.add_callback(shards)
     trainer.train()
     wrapped = trainer.model_wrapped
     if engine.startswith("zero"):
         assert wrapped.zero_optimization_stage() == int(engine[-1])
         if engine == "zero3":
-            assert all(p.ds_status.name == "NOT_AVAILABLE" for p in trainer.model.parameters())
+            assert shards.seen == [True] * trainer.args.max_steps
     else:
         assert type(wrapped).__name__ == "DistributedDataParallel"
     logs = [log for log in trainer.state.log_history if "loss" in log]

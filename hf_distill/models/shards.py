@@ -47,9 +47,9 @@ def gathered_zero3(parameters: Iterable[Tensor]) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(sharded):
+    with deepspeed.zero.GatheredParameters(sharded):
         yield
 
 
