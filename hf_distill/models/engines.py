@@ -17,7 +17,6 @@ from accelerate.utils import (
     patch_environment,
 )
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed as zero
 
 
@@ -82,11 +81,6 @@ def keep_unpacked(model: nn.Module) -> None:
     for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP keeps a part of each weight on each process."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from hf_distill.losses.linear_head import LinearHead, LogitTransform
+from hf_distill.models.shards import gathered_zero3
 
 T = TypeVar("T")
 
@@ -138,8 +139,7 @@ class HeadReplacement:
         parts = [part for part in (self.module.weight, self._bias()) if part is not None]
         # Inside the student's forward ZeRO-3 may already have gathered the weight; releasing it
         # here would break its bookkeeping.
-        sharded = [p for p in parts if getattr(getattr(p, "ds_status", None), "value", 1) != 1]
-        with _gathered(sharded), _loaded(self.module), torch.no_grad():
+        with gathered_zero3(parts), _loaded(self.module), torch.no_grad():
             now = self.head
             parts = [now.weight] if now.bias is None else [now.weight, now.bias]
             weight, *bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parts)
@@ -189,15 +189,6 @@ class _LateBias:
             yield
         finally:
             self._buffers[LATE_BIAS], self._kept = kept, None
-
-
-def _gathered(parameters: list[Any]) -> Any:
-    """Gather ZeRO-3 parameters inside a context. DeepSpeed is imported only where it is used."""
-    if not parameters:
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters(parameters)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from hf_distill.losses.divergences import DIVERGENCES
 # Losses of the student's own text beside the divergences (`losses.policy_gradient`): each drawn
 # token by itself, and MiniLLM's, where a token also answers for those after it.
 DRAWN, SEQUENCE = "drawn_token", "sequence_reverse_kl"
+# The backends that write (`on_policy.backends`).
+WRITING_BACKENDS = ("generate", "vllm")
 
 
 @dataclass
@@ -83,6 +85,14 @@ class OnPolicyArguments(TrainingArguments):
             "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
         },
     )
+    writing_backend: str = field(
+        default="generate",
+        metadata={"help": f"What writes the student's text: {' or '.join(WRITING_BACKENDS)}."},
+    )
+    vllm_memory: float = field(
+        default=0.3,
+        metadata={"help": "Share of the device's memory that vLLM takes, 0 to 1."},
+    )
     sample_steps: int = field(
         default=50,
         metadata={
@@ -109,6 +119,11 @@ class OnPolicyArguments(TrainingArguments):
                 f"one of {', '.join((*DIVERGENCES, DRAWN, SEQUENCE))}",
             ),
             "teacher_mix": (0 <= self.teacher_mix < 1, "at least 0, below 1"),
+            "writing_backend": (
+                self.writing_backend in WRITING_BACKENDS,
+                f"one of {', '.join(WRITING_BACKENDS)}",
+            ),
+            "vllm_memory": (0 < self.vllm_memory < 1, "above 0 and below 1"),
             "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.distributed.fsdp import FullyShardedDataParallel
+
 from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError
-from hf_distill.models.engines import is_sharded
+from hf_distill.models.base import base_model
 from hf_distill.tasks import CausalLM, Seq2SeqLM
 from hf_distill.teachers import LiveTeacher
 from hf_distill.training.on_policy.rows import KNOWN
@@ -34,10 +36,13 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
         )
     if trainer.args.teacher_mix:
         _check_mixture(trainer, names)
-    if is_sharded(trainer.model_wrapped):
+    if isinstance(trainer.model_wrapped, FullyShardedDataParallel):
         raise InputError(
-            "on_policy needs the student's weights whole on each process: use DDP or ZeRO-2 "
-            "instead of ZeRO-3 or FSDP"
+            "on_policy needs weights that it can gather, but fsdp_version is 1: set it to 2"
+        )
+    if (getattr(base_model(trainer.model), "tp_size", None) or 1) > 1:
+        raise InputError(
+            "on_policy cannot write with tensor parallelism: use DDP, ZeRO or FSDP2 for the student"
         )
     if TEACHER_PROMPT_IDS in names and (trainer._recorded is not None or trainer.args.replay):
         raise InputError(
@@ -57,6 +62,11 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
 def _check_mixture(trainer: Any, names: set[str]) -> None:
     """InputError where the teacher cannot have a share in each token that is drawn."""
     teacher = trainer.teacher
+    if trainer.args.writing_backend != "generate":
+        raise InputError(
+            f"teacher_mix needs the student and the teacher to write together, but writing_backend "
+            f"is {trainer.args.writing_backend!r}: set it to 'generate'"
+        )
     if isinstance(trainer._loss.task, Seq2SeqLM):
         raise InputError("teacher_mix is for causal models: set it to 0 for an encoder-decoder")
     if not isinstance(teacher, LiveTeacher) or teacher.together:

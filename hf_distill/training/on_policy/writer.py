@@ -10,9 +10,8 @@ accumulation, processes nor an interruption change it. Source: GKD, arXiv:2306.1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,9 @@ from torch import Tensor
 
 from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
-from hf_distill.models.base import base_model
-from hf_distill.models.generation import Generator
-from hf_distill.models.mixture import Mixture
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX, Seq2SeqLM
+from hf_distill.training.on_policy.backends import Backend, Prompt, make_backend
 from hf_distill.training.on_policy.checks import check
 from hf_distill.training.on_policy.judgement import judgement
 from hf_distill.training.on_policy.kept_rows import KeptTexts, decoded
@@ -44,9 +41,6 @@ from hf_distill.training.on_policy.written import (
 )
 from hf_distill.training.target_index import TargetIndex
 
-# Prompts of similar length that are continued together.
-ROWS_AT_A_TIME = 32
-
 
 class OnPolicy:
     """Replaces rows of a step by the student's own text.
@@ -62,6 +56,7 @@ class OnPolicy:
         self._texts: list[Text] = []  # since the last log, of all processes
         self._troubles = Troubles()
         self._kept: KeptTexts | None = None
+        self._made: Backend | None = None
         self._teacher_prompts = False
 
     def write(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -196,18 +191,17 @@ class OnPolicy:
     def _write(self, rows: list[Row]) -> list[Text]:
         """Let the student write for these rows; returns the texts of all processes, sorted."""
         step, texts = self.trainer.state.global_step + 1, []
-        order = sorted(rows, key=lambda row: (len(row.prompt), row.prompt))
-        with self._writing() as model:
-            for length, group in groupby(order, key=self._room):
-                same, generator = list(group), self._generator(model, length)
-                for at in range(0, len(same), ROWS_AT_A_TIME):
-                    part = same[at : at + ROWS_AT_A_TIME]
-                    seeds = [[self._hash(row, "draw")] for row in part]
-                    found = generator.texts([row.prompt for row in part], seeds)
-                    for row, (ids, finished) in zip(part, found, strict=True):
-                        row.completion = ids
-                        texts.append(Text(step, tuple(row.prompt), tuple(ids), finished))
+        prompts = [Prompt(row.prompt, self._room(row), self._hash(row, "draw")) for row in rows]
+        for row, text in zip(rows, self._backend().write(prompts), strict=True):
+            row.completion = text.ids
+            texts.append(Text(step, tuple(row.prompt), tuple(text.ids), text.finished))
         return sorted(gather_object(texts))
+
+    def _backend(self) -> Backend:
+        """What writes, made at the first step."""
+        if self._made is None:
+            self._made = make_backend(self.trainer, self.pad_token_id)
+        return self._made
 
     def _room(self, row: Row) -> int:
         """How many tokens can be written after a row's prompt, and its teacher's."""
@@ -227,44 +221,6 @@ class OnPolicy:
                 )
             most = min(most, limit - len(prompt))
         return most
-
-    def _generator(self, model: Any, length: int) -> Generator:
-        args, student = self.trainer.args, self.trainer._loss.student
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": length, "num_beams": 1}
-        if args.sampling_temperature > 0:
-            settings |= {
-                "do_sample": True, "temperature": args.sampling_temperature,
-                "top_p": args.top_p, "top_k": args.top_k,
-            }  # fmt: skip
-        # The teacher judges the ids that it shares with the student.
-        if unshared := range(self.trainer._objective.outcomes, student.outcomes):
-            never = base_model(model).generation_config.suppress_tokens or []
-            settings["suppress_tokens"] = sorted({*never, *unshared})
-        mixture, teacher = None, self.trainer.teacher
-        if args.teacher_mix:
-            outcomes = self.trainer._objective.outcomes
-            mixture = Mixture(teacher.model, args.teacher_mix, outcomes, teacher.active)
-        return Generator(
-            model,
-            settings,
-            pad_token_id=self.pad_token_id,
-            autocast=self.trainer.accelerator.autocast,
-            mixture=mixture,
-        )
-
-    @contextmanager
-    def _writing(self) -> Iterator[Any]:
-        """The student in eval mode; modes and the random state are afterwards as before."""
-        model = self.trainer.model
-        modes = [(module, module.training) for module in model.modules()]
-        devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices):
-                yield base_model(model) if not hasattr(model, "peft_config") else model
-        finally:
-            for module, training in modes:
-                module.training = training
 
     # ---- Texts of earlier steps ----
 

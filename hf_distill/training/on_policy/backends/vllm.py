@@ -1,0 +1,161 @@
+"""Write with vLLM in the training's own process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.errors import InputError
+from hf_distill.models.base import base_model
+from hf_distill.models.shards import whole_weights
+from hf_distill.training.on_policy.backends.base import (
+    Prompt,
+    Sampling,
+    Written,
+    sampling,
+    somewhere,
+)
+from hf_distill.training.on_policy.backends.merged_weights import merged_weights
+
+
+class VllmBackend:
+    """An engine of vLLM on each process's own device; see `Backend`.
+
+    The engine is made at the first step from the student's config. Each step that writes sends it
+    the student's weights, with an adapter merged into them.
+
+    trainer: a `DistillationTrainer`
+    raises: InputError where vLLM is missing or cannot run this student
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        student: Any = base_model(trainer.model)
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError(
+                "writing_backend is 'vllm', but vllm is not installed: install it, or set "
+                "writing_backend to 'generate'"
+            )
+        unfit = {
+            "an encoder-decoder": student.config.is_encoder_decoder,
+            "quantised": getattr(student, "is_quantized", False),
+            "with an adapter that cannot be merged": hasattr(trainer.model, "peft_config")
+            and not hasattr(trainer.model, "merge_adapter"),
+        }
+        for kind in (kind for kind, found in unfit.items() if found):
+            raise InputError(
+                f"writing_backend is 'vllm', but the student is {kind}, whose weights cannot be "
+                "sent to vLLM: set writing_backend to 'generate'"
+            )
+        self._made: Any = None
+
+    def write(self, prompts: Sequence[Prompt]) -> list[Written]:
+        """See `Backend`."""
+        if not somewhere(prompts, self.trainer):
+            return []
+        with _kept_random_state(self.trainer.args.device):
+            engine = self._engine()
+            with whole_weights(self.trainer.model), merged_weights(self.trainer.model) as weights:
+                engine.apply_model(lambda model: _load(model, weights))
+            engine.reset_prefix_cache()  # what it remembers was computed with other weights
+            if not prompts:
+                return []
+            found = engine.generate(
+                [{"prompt_token_ids": prompt.ids} for prompt in prompts],
+                self._parameters(prompts),
+                use_tqdm=False,
+            )
+        ends = self._ends()
+        texts = [list(one.outputs[0].token_ids) for one in found]
+        return [Written(ids, bool(ids) and ids[-1] in ends) for ids in texts]
+
+    def _engine(self) -> Any:
+        """The engine, made in the first call with weights that are replaced before it writes."""
+        if self._made is not None:
+            return self._made
+        # In another process the weights would have to be sent, and draws depend on its schedule.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        args, student = self.trainer.args, base_model(self.trainer.model)
+        options: dict[str, Any] = {}
+        if self.trainer.accelerator.num_processes > 1:  # else each would look for its own group
+            options["distributed_executor_backend"] = "external_launcher"
+        if args.max_length is not None:  # else room is kept for the longest text of the model
+            most = args.max_length + args.max_new_tokens
+            limit = self.trainer._loss.student.position_limit
+            options["max_model_len"] = most if limit is None else min(most, limit)
+        with tempfile.TemporaryDirectory() as folder:
+            student.config.save_pretrained(folder)
+            self._made = LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=_dtype(args, student),
+                gpu_memory_utilization=args.vllm_memory,
+                seed=args.seed,
+                **options,
+            )
+        return self._made
+
+    def _parameters(self, prompts: Sequence[Prompt]) -> list[Any]:
+        from vllm import SamplingParams
+
+        how, config = sampling(self.trainer), base_model(self.trainer.model).generation_config
+        common = _choice(how) | {
+            "stop_token_ids": sorted(self._ends()),
+            "repetition_penalty": (config and config.repetition_penalty) or 1.0,
+            "detokenize": False,
+        }
+        if how.never:
+            never = set(how.never)
+            outcomes = range(self.trainer._loss.student.outcomes)
+            common["allowed_token_ids"] = [token for token in outcomes if token not in never]
+        return [
+            SamplingParams(max_tokens=prompt.new_tokens, seed=prompt.seed, **common)
+            for prompt in prompts
+        ]
+
+    def _ends(self) -> set[int]:
+        """The ids that end a text."""
+        config = base_model(self.trainer.model).generation_config
+        ends = config and config.eos_token_id
+        return set() if ends is None else {*(ends if isinstance(ends, list) else [ends])}
+
+
+def _choice(how: Sampling) -> dict[str, Any]:
+    if how.temperature == 0:
+        return {"temperature": 0.0}
+    return {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+
+
+def _load(model: Any, weights: Sequence[tuple[str, Tensor]]) -> None:
+    model.load_weights(weights)
+
+
+def _dtype(args: Any, student: Any) -> str:
+    """The dtype in which the student's own forward would compute."""
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    return str(student.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _kept_random_state(device: torch.device) -> Iterator[None]:
+    """Afterwards all random states are as before: an engine in this process sets them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
