@@ -158,7 +158,7 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
         stacks = " and ".join(f"the {name}’s {_layers(kept)}" for name, kept in layers.items())
         student_name = f"a student with {stacks}"
     elif isinstance(layers, list):
-        student_name = f"a student made of its layers {', '.join(map(str, layers))}"
+        student_name = f"a student made of its {_layers(layers)}"
     elif layers is not None:
         student_name = f"a student made of {LAYERS.get(layers, f'its layers, {layers}')}"
     else:
@@ -202,7 +202,7 @@ LAYERS = {
 
 def _layers(kept: Any) -> str:
     if isinstance(kept, list):
-        return f"layers {', '.join(map(str, kept))}"
+        return f"layer{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
     return LAYERS.get(kept, f"layers, {kept}").removeprefix("its ").replace("of its ", "")
 
 

@@ -53,6 +53,7 @@ def test_a_minimal_recipe(path: Path) -> None:
     own = {"alpha": 0.5, "temperature": 1.0, "divergence": "forward_kl", "beta": 0.5, "skew": 0.1}
     own |= {"fused_head": True, "mixed_recordings": False, "on_policy": 0.0, "prompt_tokens": 32}
     own |= {"on_policy_warmup": 0.0, "on_policy_raise": 0.0, "replay": 0.0, "keep_rows": False}
+    own |= {"teacher_mix": 0.0}
     own |= {"sample_steps": 50, "writing_backend": "generate", "vllm_memory": 0.3}
     own |= {"sampling_temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128}
     assert arguments(recipe.train) == TRAIN_DEFAULTS | own | {"learning_rate": 1e-4}
