@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gzip
 import json
 import lzma
@@ -43,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "width, neurons": {"ffn": 1128},
     "width, neurons and heads": {"ffn": 1296, "heads": 6},
 }
-MEASURED, HELD_OUT = 64, 24  # rows
+MEASURED, HELD_OUT = 16, 16  # rows
 
 
 def tokens_of(path: str, tokenizer: Any, count: int) -> list[int]:
@@ -111,12 +112,15 @@ def main() -> None:
     held_out = rows_of(options.eval, tokenizer, HELD_OUT, options.length)
     print(f"teacher: perplexity {perplexity(teacher, held_out):.1f}", file=sys.stderr)
     for method, cut in options.methods.items():
+        student, report = student_and_report(teacher, **cut, rows=rows[:MEASURED])
+        initial = perplexity(student, held_out)
         for seed in map(int, options.seeds.split(",")):
-            student, report = student_and_report(teacher, **cut, rows=rows[:MEASURED])
-            result = {"method": method, "parameters": report.parameters}
-            result["initial_perplexity"] = perplexity(student, held_out)
-            student = distil(student, teacher, tokenizer, rows, seed, options.steps)
-            result |= {"trained_perplexity": perplexity(student, held_out), "seed": seed}
+            trained = distil(copy.deepcopy(student), teacher, tokenizer, rows, seed, options.steps)
+            result = {"method": method, "parameters": report.parameters, "seed": seed}
+            result |= {
+                "initial_perplexity": initial,
+                "trained_perplexity": perplexity(trained, held_out),
+            }
             if options.json:
                 print(json.dumps(result), flush=True)
             else:
