@@ -33,20 +33,9 @@ from hf_distill.evaluation.text_figures import length_and_variety
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import one_accelerator
-from hf_distill.models.generation import Generator
+from hf_distill.models.generation import PLAIN, Generator
 from hf_distill.tasks import CausalLM
 from hf_distill.teachers import Teacher
-
-# The model's distribution as it is, whatever its generation config says.
-PLAIN: Mapping[str, Any] = {
-    "num_beams": 1,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 
 
 @torch.no_grad()

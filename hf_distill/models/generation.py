@@ -28,6 +28,17 @@ from hf_distill.models.runner import ModelRunner
 NEW_TOKENS = 256  # where neither the user nor the model's generation config sets a length
 CHUNK_BYTES = 2**27  # memory for the logits of one chunk of scored tokens
 
+# The model's distribution as it is, whatever its generation config says.
+PLAIN: Mapping[str, Any] = {
+    "num_beams": 1,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
 # Settings of `generate` that have no meaning here, with the reason.
 _REFUSED = {
     "num_return_sequences": "give n",

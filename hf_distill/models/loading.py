@@ -17,6 +17,7 @@ from transformers import (
 
 from hf_distill.errors import InputError
 from hf_distill.models.heads import loader
+from hf_distill.models.precision import warn_of_slow_weights
 
 # What the readers of checkpoints raise, the last two for a broken GGUF file.
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
@@ -53,6 +54,7 @@ def load_model(
         raise InputError(not_found(role, name, error)) from error
     if unpacked:
         _forget_gguf(model, f"{name}/{kwargs['gguf_file']}")
+    warn_of_slow_weights(model, role)
     missing, head = set(report["missing_keys"]), model.get_output_embeddings()
     if head is None:
         new = [key for key in missing if not key.startswith(f"{model.base_model_prefix}.")]

@@ -184,9 +184,13 @@ def name_ends(
 
 
 def series(history: History, key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever a finite number was logged under that key."""
+    """(step, value) wherever a finite number was logged under that key.
+
+    A cross-entropy of exactly 0 is that of steps without labels, such as on-policy ones.
+    """
     points = [(measured(entry, "step"), measured(entry, key)) for entry in history]
-    return [(step, value) for step, value in points if step is not None and value is not None]
+    known = [(step, value) for step, value in points if step is not None and value is not None]
+    return [point for point in known if key != "ce" or point[1]]
 
 
 def scatter(models: Mapping[str, Mapping[str, Any]], x_key: str, y_key: str) -> str | None:

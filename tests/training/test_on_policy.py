@@ -44,6 +44,18 @@ def test_what_was_written_given_as_data_gives_the_same_step(share: float, tmp_pa
         torch.testing.assert_close(value, weights(replayed)[name], rtol=1e-6, atol=1e-7)
 
 
+def test_the_text_is_drawn_from_the_distribution_that_is_trained(tmp_path: Path) -> None:
+    """A checkpoint's generation config often restricts or changes it."""
+    seen = []
+    for settings in ({}, {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "top_p": 0.1}):
+        model = small_model(0)
+        model.generation_config.update(do_sample=True, **settings)
+        trainer = make(tmp_path, model=model, on_policy=1.0, max_steps=1)
+        trainer.train()
+        seen.append(written_rows(trainer.seen))
+    assert seen[0] == seen[1]
+
+
 def test_prompts_and_completions(tmp_path: Path) -> None:
     trainer = make(tmp_path, on_policy=1.0, max_steps=2)
     trainer.train()

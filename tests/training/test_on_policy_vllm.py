@@ -31,7 +31,6 @@ class SamplingParams:
         seed: int,
         temperature: float,
         stop_token_ids: list[int],
-        repetition_penalty: float,
         detokenize: bool,
         top_p: float = 1.0,
         top_k: int = 0,

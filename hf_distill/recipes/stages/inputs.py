@@ -22,6 +22,7 @@ from hf_distill.evaluation.harness import check_harness
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.heads import model_types, which_files
 from hf_distill.models.loading import UNREADABLE, check_gguf, load_tokenizer
+from hf_distill.models.precision import bf16_is_fast
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recipes import (
     PretrainSection,
@@ -81,15 +82,6 @@ def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
         )
     at_a_time = max(n for n in range(1, min(most or share, share) + 1) if share % n == 0)
     return at_a_time, share // at_a_time
-
-
-def bf16_is_fast(*, cpu: bool) -> bool:
-    """Whether this machine multiplies bfloat16 in hardware."""
-    if cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return False
 
 
 def teacher_options(recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from hf_distill.data import DataConfig
 from hf_distill.errors import InputError
+from hf_distill.models import precision
+from hf_distill.models.precision import bf16_is_fast
 from hf_distill.recipes import Recipe, parse_recipe
 from hf_distill.recipes.stages import inputs
 from hf_distill.recipes.stages.inputs import (
@@ -102,9 +104,20 @@ def test_seed_and_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bf16_is_asked_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert not inputs.bf16_is_fast(cpu=True)
+    assert not bf16_is_fast(cpu=True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert inputs.bf16_is_fast(cpu=True)
+    assert bf16_is_fast(cpu=True)
+
+
+def test_weights_that_the_processor_is_slow_with_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32), (False, torch.bfloat16)):
+        monkeypatch.setattr(precision, "bf16_is_fast", lambda cpu, fast=fast: fast)
+        assert "many times slower" not in caplog.text
+        precision.warn_of_slow_weights(torch.nn.Linear(2, 2, dtype=dtype), f"teacher {fast}")
+    assert "teacher False has bfloat16 weights" in caplog.text
 
 
 # ---- The Hub ----

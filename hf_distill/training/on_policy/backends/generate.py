@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_distill.models.base import base_model
-from hf_distill.models.generation import Generator
+from hf_distill.models.generation import PLAIN, Generator
 from hf_distill.models.mixture import Mixture
 from hf_distill.models.shards import whole_weights
 from hf_distill.training.on_policy.backends.base import Prompt, Written, sampling, somewhere
@@ -52,7 +52,7 @@ class GenerateBackend:
 
     def _generator(self, model: Any, length: int) -> Generator:
         how = sampling(self.trainer)
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": length, "num_beams": 1}
+        settings: dict[str, Any] = {**PLAIN, "max_new_tokens": length}
         if how.temperature > 0:
             settings |= {
                 "do_sample": True, "temperature": how.temperature,

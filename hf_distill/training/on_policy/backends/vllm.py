@@ -110,10 +110,9 @@ class VllmBackend:
     def _parameters(self, prompts: Sequence[Prompt]) -> list[Any]:
         from vllm import SamplingParams
 
-        how, config = sampling(self.trainer), base_model(self.trainer.model).generation_config
+        how = sampling(self.trainer)
         common = _choice(how) | {
             "stop_token_ids": sorted(self._ends()),
-            "repetition_penalty": (config and config.repetition_penalty) or 1.0,
             "detokenize": False,
         }
         if how.never:
