@@ -25,6 +25,8 @@ class Part:
     signal: the teacher's at these targets; objective: with the divergence to minimise here
     denominator: the count, among those of the step, by which the logged divergence is divided
     draws: for labels that were drawn, what the loss makes of it
+    everywhere: the signal's head is in shards, so that all processes evaluate the part at once,
+        also those that have no target in it
     """
 
     places: Tensor
@@ -32,6 +34,7 @@ class Part:
     objective: Objective
     denominator: str
     draws: Draws | None = None
+    everywhere: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,7 +58,7 @@ def evaluate_parts(
     """
     losses: list[Tensor] = []
     named: dict[str, tuple[Tensor, str]] = {}
-    wanted = [part for part in parts if len(part.places)] or parts[:1]
+    wanted = [part for part in parts if len(part.places) or part.everywhere] or parts[:1]
     for part in wanted:
         for objective, some, signal in judgements(part, student, targets):
             value = objective(at(student, part.places), some, signal, counts, scale)

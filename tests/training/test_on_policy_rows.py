@@ -230,7 +230,11 @@ CASES: dict[str, dict[str, Any]] = {
     "apart": {"on_policy": 0.3, "on_policy_divergence": "reverse_kl", "on_policy_warmup": 2},
     "replay": {"on_policy": 1.0, "replay": 0.5, "keep_rows": True},
     "adapter": {"on_policy": 0.6},
-}
+    "teacher": {
+        "on_policy": 0.3, "on_policy_divergence": "sequence_reverse_kl", "on_policy_warmup": 2,
+        "teacher_placement": "sharded",
+    },
+}  # fmt: skip
 
 
 def make_for_processes(folder: Path, case: str, processes: int) -> Any:
@@ -290,7 +294,7 @@ def test_two_processes_write_and_learn_as_one(engine: str, tmp_path: Path) -> No
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+@pytest.mark.parametrize("engine", [pytest.param("zero3", marks=pytest.mark.slow), "fsdp"])
 def test_a_student_in_shards_writes(engine: str, tmp_path: Path) -> None:
     on_two(tmp_path, engine, "on_policy_worker.py", "apart")
     check_equal(tmp_path, ["apart"])

@@ -13,6 +13,7 @@ from hf_distill.losses.divergences import Divergence, named_divergence, reverse_
 from hf_distill.losses.objective import Objective
 from hf_distill.losses.parts import Part, at
 from hf_distill.losses.policy_gradient import Draws
+from hf_distill.losses.signals import Hidden
 from hf_distill.losses.targets import Targets
 from hf_distill.recordings.reader import recorded_signal, without_recording
 from hf_distill.tasks import Task
@@ -73,8 +74,12 @@ def judged_apart(
                 signals[0] = loss.asked(loss.teacher_inputs(inputs), asked)
     name, function = written.divergence or (objective.name, objective.divergence)
     ours = replace(objective, name=f"written_{name}", divergence=function)
-    own = Part(written.own, signals[0], ours, OWN_TARGETS, written.draws)
-    return own, Part(written.data, signals[1], objective, DATA_TARGETS)
+    together = bool(getattr(loss.teacher, "together", False))
+    own, data = (together and isinstance(signal, Hidden) for signal in signals)
+    return (
+        Part(written.own, signals[0], ours, OWN_TARGETS, written.draws, own),
+        Part(written.data, signals[1], objective, DATA_TARGETS, None, data),
+    )
 
 
 def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence] | None:
