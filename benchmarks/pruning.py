@@ -37,7 +37,11 @@ from hf_distill import DistillationArguments, DistillationTrainer
 from hf_distill.errors import silence_libraries
 from hf_distill.models import load_model, load_tokenizer, student_and_report
 from hf_distill.models.calibration import calibration_rows, run
+from hf_distill.models.precision import bf16_is_fast
 
+ON_CPU = not torch.accelerator.is_available()
+BF16 = bf16_is_fast(cpu=ON_CPU)
+DTYPE = torch.bfloat16 if BF16 else torch.float32
 METHODS: dict[str, dict[str, Any]] = {
     "depth, evenly spaced": {"layers": "first_and_last", "num_layers": 24},
     "depth, by influence": {"layers": "influence", "num_layers": 24},
@@ -73,9 +77,9 @@ def distil(student: Any, teacher: Any, tokenizer: Any, rows: Any, seed: int, ste
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
             folder, alpha=0.9, max_steps=steps, per_device_train_batch_size=2, seed=seed,
-            learning_rate=2e-4, warmup_steps=max(1, steps // 10), bf16=True, use_cpu=not
-            torch.accelerator.is_available(), report_to="none", save_strategy="no",
-            disable_tqdm=True, logging_steps=max(1, steps // 5), data_seed=seed,
+            learning_rate=2e-4, warmup_steps=max(1, steps // 10), bf16=BF16, use_cpu=ON_CPU,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+            logging_steps=max(1, steps // 5), data_seed=seed,
         )  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
             trainer = DistillationTrainer(
@@ -105,7 +109,7 @@ def main() -> None:
         options.teacher = str(real_models.FOLDER / real_models.SMOLLM2.name)
         options.gguf = real_models.SMOLLM2_FILE
     which = {"gguf_file": options.gguf} if options.gguf else {}
-    teacher = load_model(options.teacher, "teacher", dtype=torch.bfloat16, **which)
+    teacher = load_model(options.teacher, "teacher", dtype=DTYPE, **which)
     tokenizer = load_tokenizer(options.teacher, "teacher", **which)
     needed = max(2 * options.steps, MEASURED)
     rows = rows_of(options.train, tokenizer, needed, options.length)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import real_models
 import torch
-from pruning import rows_of
+from pruning import DTYPE, rows_of
 from torch import Tensor
 
 from hf_distill.errors import silence_libraries
@@ -125,11 +125,11 @@ def main() -> None:
         options.teacher = str(real_models.FOLDER / real_models.SMOLLM2.name)
         options.gguf = real_models.SMOLLM2_FILE
     which = {"gguf_file": options.gguf} if options.gguf else {}
-    teacher = load_model(options.teacher, "teacher", dtype=torch.bfloat16, **which).eval()
+    teacher = load_model(options.teacher, "teacher", dtype=DTYPE, **which).eval()
     tokenizer = load_tokenizer(options.teacher, "teacher", **which)
     rows = rows_of(options.text, tokenizer, options.rows, options.length)
     if options.student:
-        student = load_model(options.student, "student", dtype=torch.bfloat16).eval()
+        student = load_model(options.student, "student", dtype=DTYPE).eval()
     else:
         student = student_from_teacher(teacher, "influence", num_layers=24, rows=rows).eval()
     labels = [torch.tensor(row["input_ids"][1:]) for row in rows]
