@@ -25,6 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "gpu.sh"), "--dry", "--out", str(tmp_path)],

@@ -130,6 +130,12 @@ def test_lists_of_ids_round_trip_in_both_layouts(lists: list[set[int]]) -> None:
     assert len(chosen) == min(sizes)
 
 
+def test_a_row_without_a_target_has_no_bytes() -> None:
+    found = codec.decode_top_k(b"", 0, 64, 50257)
+    assert found.ids.shape == found.log_probs.shape == (0, 64)
+    assert codec.decode_sampled(b"", 0, 50257).ids.shape == (0, 0)
+
+
 def test_ids_that_occur_again_and_again_take_fewer_bytes() -> None:
     generator = np.random.default_rng(0)
     known = np.sort(generator.choice(50257, 2000, replace=False))
