@@ -97,7 +97,7 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
 
 
 def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str) -> str:
-    """One sentence: what was distilled into what, and how the student compares to the baseline."""
+    """One sentence: what was distilled into what, and how the student compares to its rival."""
     sizes = {
         role: f" ({compact(count)} parameters)"
         for role, model in models.items()
@@ -106,28 +106,38 @@ def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str
     start = (
         f"Distilling {teacher}{sizes.get('teacher', '')} into {student}{sizes.get('student', '')}"
     )
+    rival = rival_of(models)
     gains = [
         (BY_KEY[key], ours, theirs)
         for key in (figure.key for figure in main_figures(models["student"]))
         if (ours := measured(models["student"], key)) is not None
-        and (theirs := measured(models.get("baseline"), key)) is not None
+        and (theirs := measured(models.get(rival), key)) is not None
     ]
     if not gains:
         return f"{start}: there is no baseline to say what that gained."
-    parts = [_gain(*gain) for gain in gains]
+    parts = [_gain(*gain, RIVALS[rival]) for gain in gains]
     verdicts = [figure.prefers(ours, theirs) for figure, ours, theirs in gains]
     joint = " but " if len(set(verdicts)) > 1 else " and "
     lost = "" if any(verdicts) else "; it did not pay here"
     return f"{start} brought {joint.join(parts)}{lost}."
 
 
-def _gain(figure: Figure, ours: float, theirs: float) -> str:
+# Whom a student is compared with, and how its figures are named.
+RIVALS = {"baseline": "the baseline’s", "off_policy": "the off-policy student’s"}
+
+
+def rival_of(models: Mapping[str, Any]) -> str:
+    """The baseline, or without one the student of the training before this."""
+    return next((role for role in RIVALS if role in models), "baseline")
+
+
+def _gain(figure: Figure, ours: float, theirs: float, whose: str) -> str:
     first = figure.label.split()[0]
     # Abbreviations, such as KL and F1, and names keep their capitals.
     named = not first[1:].islower() or first in ("Pearson", "Spearman")
     what = figure.label if named else figure.label[0].lower() + figure.label[1:]
     change = f"{change} than" if (change := change_of(figure, ours, theirs)) else "the same as"
-    return f"{what} to {figure.text(ours)}, {change} the baseline’s {figure.text(theirs)}"
+    return f"{what} to {figure.text(ours)}, {change} {whose} {figure.text(theirs)}"
 
 
 def change_of(figure: Figure, ours: float, theirs: float) -> str:
@@ -284,8 +294,8 @@ def _share(comparison: Mapping[str, Any], name: str, key: str) -> str:
 
 
 def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """The main figures, each beside that of baseline or teacher."""
-    tiles = [(figure.key, "baseline") for figure in main_figures(models["student"])]
+    """The main figures, each beside that of the rival, and costs beside the teacher's."""
+    tiles = [(figure.key, rival_of(models)) for figure in main_figures(models["student"])]
     for key, rival in (*tiles, *((cost, "teacher") for cost in COSTS)):
         figure = BY_KEY[key]
         ours, theirs = measured(models["student"], key), measured(models.get(rival), key)
@@ -299,7 +309,7 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
         elif theirs:
             change = change_of(figure, ours, theirs)
             note = f"{change} than" if change else "the same as"
-            note = f"{note} the baseline’s {figure.text(theirs)}"
+            note = f"{note} {RIVALS[rival]} {figure.text(theirs)}"
             kind = ("good" if figure.prefers(ours, theirs) else "bad") if change else ""
         yield {
             "label": figure.label,

@@ -242,6 +242,9 @@ def test_the_headline_is_honest_either_way() -> None:
     assert "did not pay" not in mixed
     same = headline(compared(perplexity=(87.9, 87.9)), "T", "S")
     assert "the same as the baseline’s 87.90; it did not pay here" in same
+    models = compared(perplexity=(87.9, 105.9))
+    models["off_policy"] = models.pop("baseline")
+    assert "17% lower than the off-policy student’s 105.9" in headline(models, "T", "S")
 
 
 def test_models_are_called_what_the_recipe_calls_them(run: Path) -> None:
