@@ -90,12 +90,26 @@ def distil(student: Any, teacher: Any, tokenizer: Any, rows: Any, seed: int, ste
     return trainer.model
 
 
+def add_teacher(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", help="folder or id; by default that of `make real-models`")
+    parser.add_argument("--gguf", help="GGUF file in it")
+
+
+def teacher_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Any]:
+    folder, file = options.teacher, options.gguf
+    if folder is None:
+        folder = str(real_models.FOLDER / real_models.SMOLLM2.name)
+        file = real_models.SMOLLM2_FILE
+    which = {"gguf_file": file} if file else {}
+    teacher = load_model(folder, "teacher", dtype=DTYPE, **which).eval()
+    return teacher, load_tokenizer(folder, "teacher", **which)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", help="folder or id; by default that of `make real-models`")
-    parser.add_argument("--gguf", help="GGUF file in it")
+    add_teacher(parser)
     parser.add_argument("--train", required=True, help="text to train and to measure units on")
     parser.add_argument("--eval", required=True, help="held-out text")
     parser.add_argument("--steps", type=int, default=40, help="of two rows each")
@@ -105,12 +119,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     silence_libraries()
-    if options.teacher is None:
-        options.teacher = str(real_models.FOLDER / real_models.SMOLLM2.name)
-        options.gguf = real_models.SMOLLM2_FILE
-    which = {"gguf_file": options.gguf} if options.gguf else {}
-    teacher = load_model(options.teacher, "teacher", dtype=DTYPE, **which)
-    tokenizer = load_tokenizer(options.teacher, "teacher", **which)
+    teacher, tokenizer = teacher_and_tokenizer(options)
     needed = max(2 * options.steps, MEASURED)
     rows = rows_of(options.train, tokenizer, needed, options.length)
     held_out = rows_of(options.eval, tokenizer, HELD_OUT, options.length)

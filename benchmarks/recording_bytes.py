@@ -20,9 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import real_models
 import torch
-from pruning import DTYPE, rows_of
+from pruning import DTYPE, add_teacher, rows_of, teacher_and_tokenizer
 from torch import Tensor
 
 from hf_distill.errors import silence_libraries
@@ -30,7 +29,7 @@ from hf_distill.losses.divergences import forward_kl
 from hf_distill.losses.kernels.torch import value_and_gradient
 from hf_distill.losses.signals import Sampled, Signal, TopK
 from hf_distill.losses.weights import Weights
-from hf_distill.models import load_model, load_tokenizer, student_from_teacher
+from hf_distill.models import load_model, student_from_teacher
 from hf_distill.recordings import codec
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.row_format import CHECKSUM, LAYOUT
@@ -112,8 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", help="folder or id; by default that of `make real-models`")
-    parser.add_argument("--gguf", help="GGUF file in it")
+    add_teacher(parser)
     parser.add_argument("--student", help="folder or id")
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--rows", type=int, default=4)
@@ -121,12 +119,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     silence_libraries()
-    if options.teacher is None:
-        options.teacher = str(real_models.FOLDER / real_models.SMOLLM2.name)
-        options.gguf = real_models.SMOLLM2_FILE
-    which = {"gguf_file": options.gguf} if options.gguf else {}
-    teacher = load_model(options.teacher, "teacher", dtype=DTYPE, **which).eval()
-    tokenizer = load_tokenizer(options.teacher, "teacher", **which)
+    teacher, tokenizer = teacher_and_tokenizer(options)
     rows = rows_of(options.text, tokenizer, options.rows, options.length)
     if options.student:
         student = load_model(options.student, "student", dtype=DTYPE).eval()

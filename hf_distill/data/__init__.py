@@ -28,6 +28,7 @@ TaskCollator        rows of a task to batches of tensors
 Prompts without completions:
 holds_prompts       whether rows hold prompts alone
 tokenize_prompts    prompts to token ids
+prompt_length       how many tokens of a row are its prompt
 TEACHER_PROMPT, TEACHER_PROMPT_IDS      the columns with what a teacher reads in their place
 
 For all:
@@ -45,6 +46,7 @@ from hf_distill.data.prompt_rows import (
     TEACHER_PROMPT,
     TEACHER_PROMPT_IDS,
     holds_prompts,
+    prompt_length,
     tokenize_prompts,
 )
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
@@ -100,6 +102,7 @@ __all__ = [
     "label_names",
     "mask_rows",
     "masking_collator",
+    "prompt_length",
     "read_labelled",
     "read_questions",
     "read_source_target",

@@ -21,6 +21,16 @@ def holds_prompts(names: Sequence[str]) -> bool:
     return "prompt" in names and not {"completion", "input_ids"} & set(names)
 
 
+def prompt_length(labels: Sequence[int], prompt_tokens: int) -> int:
+    """How many tokens of a causal model's row are its prompt: those before the first target.
+
+    labels: as long as the row, `IGNORE` where nothing is a target; without any the row is a prompt
+    prompt_tokens: at most, in a row of plain text, which has no prompt of its own
+    """
+    first = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+    return first if first > 1 else min(prompt_tokens, max(1, len(labels) - 1))
+
+
 def tokenize_prompts(
     rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[Dataset | IterableDataset, str]:

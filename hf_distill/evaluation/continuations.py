@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.data import prompt_length
 from hf_distill.errors import InputError
 from hf_distill.evaluation.evaluate import as_they_were
 from hf_distill.evaluation.speed import generate
@@ -22,19 +23,18 @@ def split_row(
 
     row: `input_ids`, and perhaps `labels` (default: the ids) and `attention_mask`
     prompt_tokens, reference_tokens: at most, in a row of plain text, which has no prompt of its own
-    returns: the ids before the first target, and the targets up to the next id that is none; of
-        plain text its beginning, and what stands behind it
+    returns: the ids before the first target (without any target, all), and the targets up to the
+        next id that is none; of plain text its beginning, and what stands behind it
     """
     ids: Sequence[int] = row["input_ids"]
     labels, mask = row.get("labels"), row.get("attention_mask")
     labels, mask = ids if labels is None else labels, [1] * len(ids) if mask is None else mask
-    pairs = [(i, label) for i, label, seen in zip(ids, labels, mask, strict=True) if seen]
-    first = next((i for i, (_, label) in enumerate(pairs) if label != IGNORE), 0)
-    start = first if first > 1 else min(prompt_tokens, max(1, len(pairs) - 1))
-    targets = [label for _, label in pairs[start:]]
+    ids, labels = ([x for x, seen in zip(of, mask, strict=True) if seen] for of in (ids, labels))
+    plain = any(label != IGNORE for label in labels[:2])
+    start = prompt_length(labels, prompt_tokens)
+    targets = labels[start:]
     end = targets.index(IGNORE) if IGNORE in targets else len(targets)
-    reference = targets[:end] if first > 1 else targets[:end][:reference_tokens]
-    return [token for token, _ in pairs[:start]], reference
+    return ids[:start], targets[:end][: reference_tokens if plain else None]
 
 
 @torch.no_grad()

@@ -271,6 +271,7 @@ def _name_points(
 
 
 def new_axes(title: str) -> tuple[Figure, Axes]:
+    """An empty plot in the style of the page."""
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", color=INK, size=10.5, pad=10)

@@ -225,3 +225,10 @@ def test_bad_input_is_told() -> None:
     measure = OwnText(tokenizer(), [[]], frozenset({0}), 40, [0])
     with pytest.raises(InputError, match="the reverse kl of a text .* is not finite"):
         measure.add({"reverse_kl": torch.tensor([float("nan")])})
+
+
+def test_a_row_without_any_target_is_a_prompt() -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}
+    assert split_row(row, prompt_tokens=2) == ([5, 6, 7, 8], [])
+    assert split_row(row | {"labels": [5, 6, 7, 8]}, 2, 1) == ([5, 6], [7])
+    assert split_row(row | {"labels": [-100, -100, 7, -100]}, 1) == ([5, 6], [7])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.data import TEACHER_PROMPT_IDS
+from hf_distill.data import TEACHER_PROMPT_IDS, prompt_length
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 from hf_distill.recordings.collator import ALL_NAMES
@@ -90,19 +90,11 @@ def read_rows(batch: Mapping[str, Any], *, encoder_decoder: bool, prompt_tokens:
         real = [token for token, there in zip(row, seen, strict=True) if there]
         kept = [token != IGNORE for token in label] if encoder_decoder else [bool(x) for x in seen]
         wanted = [token for token, keep in zip(label, kept, strict=True) if keep]
-        prompt = real if encoder_decoder else _prompt(real, wanted, prompt_tokens)
+        prompt = real if encoder_decoder else real[: prompt_length(wanted, prompt_tokens)]
         places = torch.tensor(kept)
         recorded = {name: table[number][places] for name, table in tables.items()}
         found.append(Row(real, wanted, prompt, recorded, prompts[number]))
     return found
-
-
-def _prompt(ids: list[int], labels: list[int], prompt_tokens: int) -> list[int]:
-    """What stands before the first target; of plain text the first `prompt_tokens`."""
-    first = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
-    if first > 1:
-        return ids[:first]
-    return ids[: min(prompt_tokens, max(1, len(ids) - 1))]
 
 
 def batch_of(rows: Sequence[Row], pad_token_id: int, *, encoder_decoder: bool) -> dict[str, Tensor]:
