@@ -15,7 +15,7 @@ $(VENV)/base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,gguf,kernels,quantization]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,eval,gguf,kernels,quantization]'
 	touch $@
 
 demo: $(VENV)/base  ## distil a language model on real text, in minutes
