@@ -304,7 +304,7 @@ def publish(
     hf-distill publish runs/quickstart my-name/tiny-python --public
     """
     with guarded(debug):
-        from hf_distill.recipes.schema import PublishSection
+        from hf_distill.recipes.sections import PublishSection
         from hf_distill.recipes.stages.run_folder import recipe_of
         from hf_distill.reporting.publishing import publish as push
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hf_distill.errors import InputError
-from hf_distill.recipes.schema import RESERVED, Recipe
+from hf_distill.recipes.schema import Recipe
+from hf_distill.recipes.train_sections import RESERVED
 
 
 def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from hf_distill.errors import InputError
 from hf_distill.recipes import arguments, dump_recipe, keys, load_recipe, parse_recipe
-from hf_distill.recipes.schema import RESERVED, TRAIN_DEFAULTS
+from hf_distill.recipes.train_sections import RESERVED, TRAIN_DEFAULTS
 from hf_distill.training.arguments import DistillationArguments
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +87,12 @@ def test_overrides_replace_create_and_open(path: Path) -> None:
     assert recipe.teacher.model_kwargs == {"dtype": "bfloat16"}
     assert arguments(recipe.train)["optim_args"] == "a=b"
     assert recipe.data.clean.near_duplicates is None
+
+
+def test_an_unquoted_no_is_a_strategy(path: Path) -> None:
+    recipe = load_recipe(path, ["train.eval_strategy=no", "train.bf16=no"])
+    assert arguments(recipe.train)["eval_strategy"] == "no"
+    assert arguments(recipe.train)["bf16"] is False
 
 
 def test_a_section_without_anything_in_it_is_its_default(path: Path) -> None:

@@ -14,7 +14,7 @@ from hf_distill.data import PreparationTable, Step, tokenize_rows
 from hf_distill.data.prepare_tasks import tokenize_split
 from hf_distill.data.tokenize import glue
 from hf_distill.errors import InputError
-from hf_distill.recipes.schema import Recipe
+from hf_distill.recipes import Recipe
 from hf_distill.recipes.stages.models import (
     accelerator_of,
     rows_of,
