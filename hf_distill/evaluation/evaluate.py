@@ -68,6 +68,8 @@ def evaluate_student(
     batch_size: rows at a time on each process
     shared_vocabulary: how many ids, from 0 on, mean the same to both, for KL and agreement;
         default: what both heads and the tokenizer have, checked where the teacher's is known
+    accelerator: by default one of the mixed precision that this process already computes with, that
+        of a Trainer before; none otherwise
     speed: measure also speed and peak memory, about a second for a small model
     returns: `targets`; `ce` and `kl_to_teacher` (nats a target), `top1_agreement` and
         `calibration_error`; over a vocabulary also `perplexity`, and `bits_per_byte` where targets

@@ -203,6 +203,9 @@ def _checked_config(
                 f"{name!r} is not a setting of {model_type}, which would ignore it: "
                 f"the nearest is {_nearest(name, known)!r}"
             )
+    if getattr(config, "forced_eos_token_id", None) is not None:
+        # `generate` writes it at the length limit; the default is of another vocabulary.
+        config.forced_eos_token_id = settings.get("forced_eos_token_id", config.eos_token_id)
     return config
 
 

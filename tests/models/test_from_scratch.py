@@ -198,3 +198,16 @@ def test_rows_longer_than_the_positions_are_refused(config: dict[str, Any]) -> N
 )
 def test_max_positions(config: hf.PreTrainedConfig, expected: int | None) -> None:
     assert max_positions(config) == expected
+
+
+@pytest.mark.parametrize("model_type", ["marian", "bart"])
+def test_a_text_at_the_length_limit_ends_with_the_tokenizers_end(model_type: str) -> None:
+    tokenizer = train_tokenizer(TEXTS, 320, task="seq2seq-lm")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
+    sizes |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = {"model_type": model_type, "max_position_embeddings": 32} | sizes
+    model = model_from_config(config, tokenizer, seed=0, task="seq2seq-lm")
+    assert tokenizer.eos_token_id not in (0, None)
+    source = tokenizer("a text", return_tensors="pt")
+    written = model.generate(**source, max_new_tokens=3, do_sample=False)
+    assert written[0, -1] == tokenizer.eos_token_id
