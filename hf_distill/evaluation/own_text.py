@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.data import collator
+from hf_distill.data.text_figures import length_and_variety
 from hf_distill.errors import InputError
 from hf_distill.evaluation.continuations import split_row
 from hf_distill.evaluation.evaluate import as_they_were, collect, prepared
@@ -29,7 +30,6 @@ from hf_distill.evaluation.pair import Outputs, Pair
 from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import row_sums
 from hf_distill.evaluation.task_measures import Evaluation, Measure
-from hf_distill.evaluation.text_figures import length_and_variety
 from hf_distill.losses.targets import IGNORE
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import one_accelerator

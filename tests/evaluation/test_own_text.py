@@ -15,10 +15,10 @@ from evaluation_setup import PROMPTED, WORDS, tokenizer
 from trainer_setup import small_model
 
 from hf_distill import evaluate_written
+from hf_distill.data.text_figures import length_and_variety
 from hf_distill.errors import InputError
 from hf_distill.evaluation.continuations import split_row
 from hf_distill.evaluation.own_text import OwnText
-from hf_distill.evaluation.text_figures import length_and_variety
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "prompt_tokens": 3, "seed": 5}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
-from hf_distill.evaluation.text_figures import length_and_variety
+from hf_distill.data.text_figures import length_and_variety
 
 # So many steps in a row before the warnings, with at least this share of texts that were cut, or
 # of repeated pairs of tokens in a text.
