@@ -93,6 +93,13 @@ class OnPolicyArguments(TrainingArguments):
         default=0.3,
         metadata={"help": "Share of the device's memory that vLLM takes, 0 to 1."},
     )
+    vllm_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server that writes, such as http://localhost:8000; by "
+            "default an engine in the training's own processes."
+        },
+    )
     sample_steps: int = field(
         default=50,
         metadata={
@@ -124,6 +131,14 @@ class OnPolicyArguments(TrainingArguments):
                 f"one of {', '.join(WRITING_BACKENDS)}",
             ),
             "vllm_memory": (0 < self.vllm_memory < 1, "above 0 and below 1"),
+            "vllm_server": (
+                self.vllm_server is None
+                or (
+                    self.writing_backend == "vllm"
+                    and self.vllm_server.startswith(("http://", "https://"))
+                ),
+                "an address (http://...), and writing_backend vllm",
+            ),
             "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),

@@ -67,9 +67,13 @@ def sampling(trainer: Any) -> Sampling:
     return Sampling(args.sampling_temperature, args.top_p, args.top_k, sorted(never))
 
 
-def somewhere(prompts: Sequence[Prompt], trainer: Any) -> bool:
-    """Whether there is anything to write; where weights are gathered for it, on any process."""
-    if not is_sharded(trainer.model):
+def somewhere(prompts: Sequence[Prompt], trainer: Any, *, together: bool = False) -> bool:
+    """Whether there is anything to write.
+
+    together: on any process, since processes have to act together; always so for a student in
+        shards, whose weights are gathered
+    """
+    if not together and not is_sharded(trainer.model):
         return bool(prompts)
     number = torch.tensor(len(prompts), device=trainer.args.device)
     return bool(trainer.accelerator.reduce(number, "sum").item())

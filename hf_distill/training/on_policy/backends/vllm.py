@@ -1,4 +1,4 @@
-"""Write with vLLM in the training's own process."""
+"""Write with vLLM in the training's own process, and what a server of vLLM shares with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,6 @@ from hf_distill.models.base import base_model
 from hf_distill.models.shards import whole_weights
 from hf_distill.training.on_policy.backends.base import (
     Prompt,
-    Sampling,
     Written,
     sampling,
     somewhere,
@@ -38,24 +37,8 @@ class VllmBackend:
     """
 
     def __init__(self, trainer: Any) -> None:
+        refuse_unfit(trainer)
         self.trainer = trainer
-        student: Any = base_model(trainer.model)
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(
-                "writing_backend is 'vllm', but vllm is not installed: install it, or set "
-                "writing_backend to 'generate'"
-            )
-        unfit = {
-            "an encoder-decoder": student.config.is_encoder_decoder,
-            "quantised": getattr(student, "is_quantized", False),
-            "with an adapter that cannot be merged": hasattr(trainer.model, "peft_config")
-            and not hasattr(trainer.model, "merge_adapter"),
-        }
-        for kind in (kind for kind, found in unfit.items() if found):
-            raise InputError(
-                f"writing_backend is 'vllm', but the student is {kind}, whose weights cannot be "
-                "sent to vLLM: set writing_backend to 'generate'"
-            )
         self._made: Any = None
 
     def write(self, prompts: Sequence[Prompt]) -> list[Written]:
@@ -74,9 +57,8 @@ class VllmBackend:
                 self._parameters(prompts),
                 use_tqdm=False,
             )
-        ends = self._ends()
-        texts = [list(one.outputs[0].token_ids) for one in found]
-        return [Written(ids, bool(ids) and ids[-1] in ends) for ids in texts]
+        ends = end_ids(self.trainer)
+        return [written(list(one.outputs[0].token_ids), ends) for one in found]
 
     def _engine(self) -> Any:
         """The engine, made in the first call with weights that are replaced before it writes."""
@@ -110,31 +92,56 @@ class VllmBackend:
     def _parameters(self, prompts: Sequence[Prompt]) -> list[Any]:
         from vllm import SamplingParams
 
-        how = sampling(self.trainer)
-        common = _choice(how) | {
-            "stop_token_ids": sorted(self._ends()),
-            "detokenize": False,
-        }
-        if how.never:
-            never = set(how.never)
-            outcomes = range(self.trainer._loss.student.outcomes)
-            common["allowed_token_ids"] = [token for token in outcomes if token not in never]
+        common = choice(self.trainer) | {"detokenize": False}
         return [
             SamplingParams(max_tokens=prompt.new_tokens, seed=prompt.seed, **common)
             for prompt in prompts
         ]
 
-    def _ends(self) -> set[int]:
-        """The ids that end a text."""
-        config = base_model(self.trainer.model).generation_config
-        ends = config and config.eos_token_id
-        return set() if ends is None else {*(ends if isinstance(ends, list) else [ends])}
+
+def refuse_unfit(trainer: Any) -> None:
+    """Raise InputError where vLLM is missing or cannot run the student of this trainer."""
+    student: Any = base_model(trainer.model)
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "writing_backend is 'vllm', but vllm is not installed: install it, or set "
+            "writing_backend to 'generate'"
+        )
+    unfit = {
+        "an encoder-decoder": student.config.is_encoder_decoder,
+        "quantised": getattr(student, "is_quantized", False),
+        "with an adapter that cannot be merged": hasattr(trainer.model, "peft_config")
+        and not hasattr(trainer.model, "merge_adapter"),
+    }
+    for kind in (kind for kind, found in unfit.items() if found):
+        raise InputError(
+            f"writing_backend is 'vllm', but the student is {kind}, whose weights cannot be "
+            "sent to vLLM: set writing_backend to 'generate'"
+        )
 
 
-def _choice(how: Sampling) -> dict[str, Any]:
-    if how.temperature == 0:
-        return {"temperature": 0.0}
-    return {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+def choice(trainer: Any) -> dict[str, Any]:
+    """How tokens are chosen and where a text ends, by vLLM's names; alike for all prompts."""
+    how = sampling(trainer)
+    found: dict[str, Any] = {"temperature": how.temperature}
+    if how.temperature > 0:
+        found |= {"top_p": how.top_p, "top_k": how.top_k}
+    if how.never:
+        never, outcomes = set(how.never), range(trainer._loss.student.outcomes)
+        found["allowed_token_ids"] = [token for token in outcomes if token not in never]
+    return found | {"stop_token_ids": sorted(end_ids(trainer))}
+
+
+def end_ids(trainer: Any) -> set[int]:
+    """The ids that end a text of the student."""
+    config = base_model(trainer.model).generation_config
+    ends = config and config.eos_token_id
+    return set() if ends is None else {*(ends if isinstance(ends, list) else [ends])}
+
+
+def written(ids: list[int], ends: Collection[int]) -> Written:
+    """A text of vLLM, which has its end-of-text token if it ended before its limit."""
+    return Written(ids, bool(ids) and ids[-1] in ends)
 
 
 def _load(model: Any, weights: Sequence[tuple[str, Tensor]]) -> None:
