@@ -82,22 +82,21 @@ class Recipe(Section):
     ] = "causal-lm"
     """What the models predict; see docs/recipes.md."""
     data: DataConfig
-    """The rows and their preparation; the keys are in docs/data.md."""
+    """The rows and their preparation; see docs/data.md and hf_distill/data/config.py."""
     tokenizer: TokenizerSection = TokenizerSection()
     """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
     """The teacher. A string stands for `teacher.model`."""
     annotate: AnnotateSection | None = None
-    """Let the teacher write the targets that the student learns; the baseline keeps the original
-    ones."""
+    """Let the teacher write the student's targets; the baseline keeps the original ones."""
     record: RecordSection | None = None
     """Record the teacher once and train from the recording; by default it runs during training."""
     student: StudentSection
     """The student before training. A string stands for `student.model`."""
     baseline: bool = True
-    """Also train the student with cross-entropy only, on equal terms."""
+    """Also train the student with cross-entropy only, on the same rows with the same steps."""
     off_policy: TrainSection | None = None  # type: ignore[valid-type]
-    """A distillation on the data rows before `train`, which goes on from its student; the same
+    """A distillation on the data rows before `train`, which continues from its student; the same
     fields as `train`."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
     """The training of baseline and student: fields of `DistillationArguments`."""
