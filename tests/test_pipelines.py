@@ -118,7 +118,7 @@ def test_the_separator_of_a_cut_source_stays() -> None:
     ("source", "options", "message"),
     [
         ("  ", {}, "the source is empty"),
-        ("a", {"max_new_tokens": 40}, "40 new tokens are asked for"),
+        ("a", {"max_new_tokens": 40}, "max_new_tokens is 40, but"),
         ("a", {"src_lang": "en", "tgt_lang": "es"}, "no language codes"),
         (3, {}, "the source is a int"),
     ],

@@ -61,8 +61,8 @@ class TeacherSection(Section):
     """Train the teacher on the same rows first, from `config` or `model`: fields of
     `transformers.TrainingArguments`."""
     adapt: AdaptSection | None = None  # type: ignore[valid-type]
-    """Train `model` with cross-entropy on the same rows first: the same fields. Figures before and
-    after are reported."""
+    """Train `model` with cross-entropy on the same rows first: fields as in `teacher.train`.
+    Figures before and after are reported."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSection:

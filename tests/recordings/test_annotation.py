@@ -195,7 +195,7 @@ def test_translations_and_columns_that_are_told(tmp_path: Path) -> None:
     wanted = made("marian", tmp_path / "b")
     assert [row["es"] for row in found["translation"]] == wanted["summary"]
     assert [row["en"] for row in found["translation"]] == DOCUMENTS["document"]
-    with pytest.raises(InputError, match="does not say what is translated into what"):
+    with pytest.raises(InputError, match="does not state the direction"):
         made("marian", tmp_path / "c", rows)
 
 
@@ -294,7 +294,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"n": 2}, "a search with 1 beam finds 1"),
     ("t5", {"n": 0}, "must be at least 1"),
     ("t5", {"n": 2, "generation": {"do_sample": True, "num_beams": 2}}, "drawn or searched"),
-    ("gpt2", {"generation": {"max_new_tokens": 40}}, "40 new tokens are asked for"),
+    ("gpt2", {"generation": {"max_new_tokens": 40}}, "max_new_tokens is 40, but"),
     ("gpt2", {"tokenizer": None}, "tokenizer is not known"),
     ("gpt2", {"teacher": "./nowhere"}, "a folder that does not exist"),
 ]  # fmt: skip

@@ -144,7 +144,7 @@ def test_rows_without_a_label_are_for_the_teacher_alone(
     ):
         rows = Dataset.from_dict({"text": texts, "label": given})
         assert labels(tmp_path, rows, config) == expected
-        assert "1 without a label, for the teacher alone" in capsys.readouterr().out
+        assert "1 without a label, for the divergence only" in capsys.readouterr().out
     rows = Dataset.from_dict({"text": texts, "label": [0.5, None, 2.0]})
     found = labels(tmp_path, rows, {"num_labels": 1, "id2label": {0: "LABEL_0"}})
     assert torch.tensor(found).isnan().tolist() == [False, True, False]
@@ -202,7 +202,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     (TAG, [{"tokens": ["a"], "tags": [7]}], {}, {}, "the label 7 is none of the 5 classes"),
     ("question-answering", [{"question": "a", "context": "b", "answers": "c"}], {}, {},
      "the context does not contain the answer 'c'"),
-    ("masked-lm", [{"text": "a", "ce_weight": 1.0}], {}, {}, "cannot keep it"),
+    ("masked-lm", [{"text": "a", "ce_weight": 1.0}], {}, {}, "which cannot be kept"),
 ]  # fmt: skip
 
 
