@@ -92,8 +92,7 @@ def test_long_sources_are_cut_with_a_warning(kind: str, caplog: pytest.LogCaptur
     limit = 40 if kind == "t5" else 30
     ours = [record.getMessage() for record in caplog.records if record.name == "hf_distill"]
     assert ours == [
-        f"The source has {tokens} tokens, but the model can read {limit}: the end of it is left "
-        "out."
+        f"The source has {tokens} tokens, but the model can read {limit}: its end is cut."
     ]
     if kind == "t5":
         kept = tokenizer().decode(tokenizer()(f"say: {text}").input_ids[:39])
