@@ -50,7 +50,7 @@ def calibration_rows(
     raises: InputError where there are no rows, or a row does not fit the model
     """
     if rows is None:
-        raise InputError("the teacher's layers and units are measured on rows of text: pass rows=")
+        raise InputError("the teacher's layers and units are measured on rows of text: give rows")
     if isinstance(rows, str):
         raise InputError("rows is one text, but must be a list: give a few hundred rows")
     runner = ModelRunner(model, "teacher", outcomes=0, fused=False)

@@ -125,7 +125,7 @@ def model_from_config(
     positions = max_positions(built)
     if max_length is not None and positions is not None and positions < max_length:
         raise InputError(
-            f"max_length={max_length} exceeds the {positions} positions of this {model_type}: "
+            f"max_length={max_length} is beyond the {positions} positions of this {model_type}: "
             "shorten the rows or give the model more positions (max_position_embeddings, or "
             "n_positions)"
         )

@@ -120,8 +120,8 @@ def test_report_and_card_say_who_learnt_what(summaries: Path) -> None:
     page = (summaries / "report.html").read_text()
     card = (summaries / "student" / "README.md").read_text()
     sentence = (
-        "The student learnt targets that the teacher wrote (found with 1 beam); the baseline "
-        "learnt the original targets."
+        "The student was trained on targets that the teacher wrote (found with 1 beam); the "
+        "baseline was trained on the original targets."
     )
     assert sentence in page
     assert sentence in card
@@ -150,7 +150,7 @@ def test_only_the_student_depends_on_what_was_written(summaries: Path) -> None:
     assert len(tokens) == 3 * len(original) - blank
     assert tokens[: len(original)] == original[:]
     assert (
-        "The student learnt targets that the teacher wrote (found with 2 beams, 2 for each "
+        "The student was trained on targets that the teacher wrote (found with 2 beams, 2 for each "
         in (summaries / "report.html").read_text()
     )
 

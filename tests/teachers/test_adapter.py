@@ -166,7 +166,7 @@ def test_a_model_without_adapter_cannot_teach_itself(tmp_path: Path) -> None:
     ("adapter", "message"),
     [
         ("missing", "no adapter 'missing'.*only 'default'"),
-        ("default", "is the one that is trained"),
+        ("default", "is the one being trained"),
     ],
 )
 def test_adapters_that_cannot_teach(adapter: str, message: str) -> None:
