@@ -23,7 +23,7 @@ class Section(BaseModel):
     )
 
 
-# Keys that a recipe sets in another place, or that make no sense in it.
+# Keys that are set elsewhere in a recipe or do not apply to one, with the alternative.
 RESERVED = {
     "output_dir": "checkpoints go to the run folder, output_dir/name",
     "seed": "the recipe's own 'seed' sets it",
@@ -38,8 +38,8 @@ RESERVED = {
     "target_lang": "use 'data.target_lang'",
     "doc_stride": "use 'data.stride'",
     "mlm_probability": "use 'data.mask_probability'",
-    "completion_only_loss": "prompt/completion rows always learn their completions only",
-    "assistant_only_loss": "chat rows always learn the assistant's turns only",
+    "completion_only_loss": "the loss on prompt/completion rows is always on completions only",
+    "assistant_only_loss": "the loss on chat rows is always on the assistant's turns only",
     "student_model_kwargs": "use 'student.model_kwargs'",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
     "do_train": "the stages decide it",
@@ -62,7 +62,7 @@ RESERVED = {
     "local_rank": "`accelerate launch` sets it",
 }
 
-# Trainer accepts any number for these, and fails later.
+# Trainer accepts any number for these and fails later.
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

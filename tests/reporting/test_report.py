@@ -236,7 +236,7 @@ def test_the_headline_is_honest_either_way() -> None:
     )
     lost = headline(compared(perplexity=(105.9, 87.9), kl_to_teacher=(0.4, 0.2)), "T", "S")
     assert "20% higher than the baseline’s 87.90" in lost
-    assert lost.endswith("; it did not pay here.")
+    assert lost.endswith("; distillation did not help here.")
     mixed = headline(compared(perplexity=(105.9, 87.9), kl_to_teacher=(0.2, 0.4)), "T", "S")
     assert " but KL to the teacher" in mixed
     assert "did not help" not in mixed

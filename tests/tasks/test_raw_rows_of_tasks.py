@@ -99,7 +99,7 @@ def test_settings_of_sources_and_targets(tmp_path: Path) -> None:
     assert tokenizer.decode(row["input_ids"]).startswith("say: the dog")
     assert tokenizer.decode(row["labels"]).startswith("fox")
     assert (len(row["input_ids"]), len(row["labels"])) == (20, 8)
-    with pytest.raises(InputError, match="translation holds en, es: say what is translated"):
+    with pytest.raises(InputError, match="translation holds en, es: set source_lang"):
         make(tmp_path, "seq2seq-lm", rows)
     with pytest.raises(InputError, match="holds en, es, but no 'fr'"):
         make(tmp_path, "seq2seq-lm", rows, source_lang="en", target_lang="fr")

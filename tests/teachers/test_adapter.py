@@ -178,7 +178,7 @@ def test_a_teacher_of_the_students_weights_is_the_student(tmp_path: Path) -> Non
     student = adapted()
     with pytest.raises(InputError, match="another model than the student"):
         make_trainer(tmp_path, student, AdapterTeacher(adapted()))
-    with pytest.raises(InputError, match="teacher_placement is 'sharded', but this teacher has"):
+    with pytest.raises(InputError, match="teacher_placement is 'sharded', but this teacher uses"):
         make_trainer(tmp_path, student, student, teacher_placement="sharded")
 
 
