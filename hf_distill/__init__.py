@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Imported when first asked for, so that `hf-distill --help` does not
-# wait for torch, transformers and peft.
+# The package of each public name. Names are imported on first use, so that `hf-distill --help` does
+# not wait for torch, transformers and peft.
 _PACKAGES = {
     "AdapterTeacher": "teachers",
     "DistillationArguments": "training",

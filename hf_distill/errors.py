@@ -6,13 +6,13 @@ import logging
 import os
 import warnings
 
-# On import, since a script imports peft before it can call `silence_libraries`, and peft imports
-# this library, which warns about a kernel that it can do without.
+# Set on import: a script imports peft before it can call `silence_libraries`, and peft imports
+# bitsandbytes, which warns about a kernel that is not needed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class InputError(ValueError):
-    """An error that the user can mend: what came, why it matters and what to do, in one line.
+    """An error in the user's input. One line says what was given, why it matters and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -25,7 +25,7 @@ def warn_once(message: str, *values: object) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' own messages out of the few lines that a run prints."""
+    """Suppress the libraries' own messages, so that a run prints few lines."""
     import datasets
     import torch
     import transformers

@@ -1,6 +1,6 @@
 """The pipelines "summarization" and "translation", which transformers 5 has removed.
 
-After `import hf_distill.pipelines` they work again, for encoder-decoder and causal models:
+`import hf_distill.pipelines` restores them, for encoder-decoder and causal models:
 
     from transformers import pipeline
 
@@ -36,19 +36,19 @@ _OF_PROMPTS = ("prefix", "separator", "src_lang", "tgt_lang")
 
 
 class WritingPipeline(Pipeline):
-    """Writes a text for each source: what summaries and translations share.
+    """Generates a text for each source: the common part of summarization and translation.
 
-    A call takes a text, a list of texts, a generator or a data set, and
+    A call takes a text, a list of texts, a generator or a data set, and these keywords:
 
     prefix: put before each source; by default that of `config.task_specific_params`
     separator: put after each source of a causal model, "\\n" by default, as in recipes
     src_lang, tgt_lang: codes, for models with language codes (mBART, M2M100, NLLB)
-    truncation: False refuses a source that is too long, instead of leaving out its end
+    truncation: False makes a source that is too long an error; otherwise its end is cut
     batch_size, num_workers, and all keywords of `generate`
 
-    Unless the call, `config.task_specific_params` or the model's generation config set a length, at
-    most 256 tokens are written.
-    returns: a list of dictionaries, one for each text written
+    At most 256 tokens are generated, unless the call, `config.task_specific_params` or the model's
+    generation config set a length.
+    returns: a list of dictionaries, one for each generated text
     raises: InputError for an empty source, a source that leaves no room for new tokens, or an
         unknown language
     """
@@ -128,7 +128,7 @@ class WritingPipeline(Pipeline):
                     "it, or leave truncation at True"
                 )
             logging.getLogger("hf_distill").warning(
-                "The source has %d tokens, but the model can read %d: the end of it is left out.",
+                "The source has %d tokens, but the model can read %d: its end is cut.",
                 tokens,
                 len(ids),
             )
@@ -160,12 +160,12 @@ class WritingPipeline(Pipeline):
     def _prepare_generate_kwargs(
         self, generate_kwargs: dict[str, Any], **overrides: Any
     ) -> dict[str, Any]:
-        """As the base class, with the task's settings below those of the user."""
+        """As the base class; the user's settings override the task's settings."""
         if "generation_config" in generate_kwargs:
             return super()._prepare_generate_kwargs(generate_kwargs, **overrides)
         given = {**self._generate_kwargs, **generate_kwargs}
         settings = dict(self._task_settings)
-        if "max_new_tokens" in given:  # the lengths of the task are for each other
+        if "max_new_tokens" in given:  # the task's two lengths belong together
             settings.pop("max_length", None)
             settings.pop("min_length", None)
         return super()._prepare_generate_kwargs({**settings, **given}, **overrides)

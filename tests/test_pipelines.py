@@ -92,8 +92,7 @@ def test_long_sources_are_cut_with_a_warning(kind: str, caplog: pytest.LogCaptur
     limit = 40 if kind == "t5" else 30
     ours = [record.getMessage() for record in caplog.records if record.name == "hf_distill"]
     assert ours == [
-        f"The source has {tokens} tokens, but the model can read {limit}: the end of it is left "
-        "out."
+        f"The source has {tokens} tokens, but the model can read {limit}: its end is cut."
     ]
     if kind == "t5":
         kept = tokenizer().decode(tokenizer()(f"say: {text}").input_ids[:39])
@@ -118,7 +117,7 @@ def test_the_separator_of_a_cut_source_stays() -> None:
     ("source", "options", "message"),
     [
         ("  ", {}, "the source is empty"),
-        ("a", {"max_new_tokens": 40}, "40 new tokens are asked for"),
+        ("a", {"max_new_tokens": 40}, "max_new_tokens is 40, but"),
         ("a", {"src_lang": "en", "tgt_lang": "es"}, "no language codes"),
         (3, {}, "the source is a int"),
     ],

@@ -32,10 +32,10 @@ SweepOverrides = Annotated[
         help="Set a key to each of these values, as in seed=0,1,2, or to a single one.",
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 app = typer.Typer(
-    help="Make a small language model from a large one, and see what was gained.",
+    help="Distil a large model into a small one, and measure the gain.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,15 +67,15 @@ def run(
         typer.Option(
             "--share-with",
             metavar="FOLDER",
-            help="A folder of other runs: results made from the same inputs are taken from there.",
+            help="A folder of other runs; results that were made from the same inputs are reused.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: prepare, teacher, record, student, baseline, off_policy, train, evaluate,
-    report.
+    """Run a recipe: prepare, teacher, annotate, record, student, baseline, off_policy, train,
+    evaluate, report.
 
-    Stages whose inputs have not changed are skipped; an interrupted one goes on from its last
+    Stages whose inputs have not changed are skipped. An interrupted stage resumes from its last
     complete checkpoint. All results are in the run folder, output_dir/name.
 
     \b
@@ -100,14 +100,15 @@ def sweep(recipe: RecipeFile, set_: SweepOverrides = None, debug: Debug = False)
     Several values of a key are separated by commas. Commas inside brackets, braces or quotes do not
     separate, so that a list is one value.
 
-    Each run has its run folder in output_dir/name-sweep, named by the keys that vary, as
-    temperature-2_seed-0. Results of stages with the same inputs (data, teacher, recording, initial
-    student, baseline) are made once and shared. The same command continues after an interruption.
+    Each run has its run folder in output_dir/name-sweep, named by the keys that vary, such as
+    temperature-2_seed-0. Stages with the same inputs (data, teacher, recording, initial student,
+    baseline) run once and their results are shared. After an interruption, run the same command
+    again.
 
-    At the end a table and the page compare.html show the runs side by side, the seeds of each
+    At the end a table and the page compare.html show the runs side by side, and the seeds of each
     setting as mean and standard deviation. `hf-distill report` writes the page again.
 
-    Each run is one process; a sweep does not work under `accelerate launch`.
+    Each run is one process. A sweep does not work under `accelerate launch`.
 
     \b
     hf-distill sweep recipes/quickstart.yaml --set train.temperature=1,2,4 --set seed=0,1,2
@@ -120,7 +121,7 @@ def sweep(recipe: RecipeFile, set_: SweepOverrides = None, debug: Debug = False)
         typer.echo(run_sweep(recipe, set_ or ()))
 
 
-@app.command(short_help="Record a teacher over a recipe's rows, and train nothing.")
+@app.command(short_help="Record a teacher over a recipe's rows, without training a student.")
 def record(
     recipe: RecipeFile,
     set_: Overrides = None,
@@ -128,19 +129,22 @@ def record(
         bool,
         typer.Option(
             "--estimate",
-            help="Estimate size and hours from a timed sample; record nothing.",
+            help="Only estimate size and hours, from a timed sample.",
         ),
     ] = False,
     price: Annotated[
         float | None,
-        typer.Option("--price", min=0, help="With --estimate: what an hour of this machine costs."),
+        typer.Option(
+            "--price", min=0, help="With --estimate: the price of an hour of this machine."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Record a teacher over a recipe's rows: stages prepare, teacher, annotate and record.
 
-    `hf-distill run` with the same recipe then trains from the recording. Needs a `record` section,
-    if only `--set record.k=64`. An interrupted recording goes on from its last finished shard.
+    Then run `hf-distill run` with the same recipe to train from the recording. The recipe needs a
+    `record` section; `--set record.k=64` adds one. An interrupted recording resumes from its last
+    finished shard.
 
     \b
     hf-distill record recipes/quickstart_recorded.yaml --estimate --price 2.5
@@ -177,14 +181,17 @@ def plan(
         int, typer.Option("--devices", min=1, help="How many devices (GPUs, or CPU processes).")
     ] = 1,
     memory: Annotated[
-        str, typer.Option("--memory", help="Of each device, as 80GB; by default this machine's.")
+        str,
+        typer.Option(
+            "--memory", help="Memory of each device, such as 80GB; by default this machine's."
+        ),
     ] = "",
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Estimate the memory of a recipe on each device, by part, and the first way to run that fits.
+    """Estimate the memory of a recipe on each device, by part, and recommend how to run it.
 
-    A few real steps are measured on this machine with random weights and tokens; models that are
+    A few real steps are measured on this machine with random weights and tokens. Models that are
     too large are measured with one and two layers. Memory is then computed for each engine. Only
     configs are downloaded, and nothing is written.
 
@@ -192,7 +199,7 @@ def plan(
     hf-distill plan recipes/quickstart.yaml --devices 2 --memory 4GB
     hf-distill plan recipes/gpt2.yaml --devices 8 --memory 80GB
     """
-    # One device is measured; with several in sight, Trainer would put a model on each.
+    # One device is measured; if several were visible, Trainer would put a model on each.
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
     with guarded(debug):
@@ -221,8 +228,8 @@ def plan(
 def evaluate(recipe: RecipeFile, set_: Overrides = None, debug: Debug = False) -> None:
     """Measure the models of a finished run again, and write its report again.
 
-    For another machine, or other settings of the recipe's `evaluate` section. Nothing is trained:
-    a run whose models are not up to date is refused.
+    Use it on another machine, or after changing the recipe's `evaluate` section. Nothing is
+    trained: it is an error if the models are not up to date with the recipe.
 
     \b
     hf-distill evaluate recipes/quickstart.yaml --set evaluate.prompts=8
@@ -243,7 +250,7 @@ def report(
         typer.Option(
             "--output",
             metavar="FILE",
-            help="Where the page goes; by default report.html in the run folder, or compare.html "
+            help="File to write; by default report.html in the run folder, or compare.html "
             "in the folder that holds the runs.",
         ),
     ] = None,
@@ -255,8 +262,8 @@ def report(
 
     Several run folders, or a folder that holds run folders: compare.html, with the settings in
     which the runs differ, their results side by side, and their curves in the same plots. Runs that
-    differ in nothing but the seed are shown as mean and standard deviation. Runs that are not
-    finished are left out. Both pages are single files without scripts.
+    differ only in the seed are shown as mean and standard deviation. Unfinished runs are left out.
+    Both pages are single files without scripts.
 
     \b
     hf-distill report runs/quickstart
@@ -294,11 +301,13 @@ def publish(
     ] = None,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a new repository; by default the recipe's."),
+        typer.Option(
+            "--private/--public", help="Visibility of a new repository; by default the recipe's."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Push a run's student to the Hub: weights, tokenizer and card; nothing pickled.
+    """Push a run's student to the Hub: weights, tokenizer and card, no pickled files.
 
     \b
     hf-distill publish runs/quickstart my-name/tiny-python --public
@@ -313,7 +322,7 @@ def publish(
         target = repo_id or section.repo_id
         if target is None:
             raise InputError(
-                "where to publish is not said: give owner/name after the folder, or set "
+                "no repository to publish to: give owner/name after the folder, or set "
                 "publish.repo_id in the recipe"
             )
         hidden = section.private if private is None else private

@@ -1,4 +1,4 @@
-"""How a command ends: errors in one line, exit codes, and the clean-up of processes."""
+"""Report errors in one line, set exit codes, and clean up processes at the end of a command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_distill.errors import InputError, silence_libraries
 
 @contextmanager
 def guarded(debug: bool = False) -> Iterator[None]:
-    """Report errors in one line: exit code 2 for errors of input, 1 for those of the library."""
+    """Report errors in one line, with exit code 2 for bad input and 1 for other errors."""
     silence_libraries()
     try:
         yield
@@ -28,8 +28,8 @@ def guarded(debug: bool = False) -> Iterator[None]:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise
         _fail(error)
-    # Without this, DeepSpeed on the CPU aborts at exit, and sometimes gloo's threads do. DDP
-    # wrappers in reference cycles hold them and have to be freed first.
+    # Without this, DeepSpeed on the CPU, and sometimes gloo's threads, abort at exit. DDP wrappers
+    # in reference cycles keep them alive and have to be freed first.
     import torch
 
     gc.collect()
@@ -38,7 +38,7 @@ def guarded(debug: bool = False) -> Iterator[None]:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Print the error once and exit. Of several processes that fail alike, the first one prints."""
+    """Print the error once and exit. If all processes fail alike, only the first one prints."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # The launcher ends this process as soon as the first one has ended with the same error.
@@ -61,5 +61,5 @@ def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, InputError):
         return text, 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on from here", 130
+        return "interrupted; run the same command again to continue", 130
     return f"{type(error).__name__}: {text[:300]} (--debug shows where)", 1

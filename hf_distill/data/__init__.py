@@ -17,11 +17,11 @@ read_source_target, read_questions, read_labelled, read_unlabelled, read_tagged,
                     rows under the names of public data sets, checked
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
-Labels, label_names what labels are, and what a model's config says of them
+Labels, label_names the kind and names of labels, and the settings of a model's config for them
 masking_collator    masks tokens at random, for masked language modelling
 mask_rows           masks tokens once, for evaluation and recordings
 read_task_rows, tokenize_splits    the same for the `data` section of a recipe, with `TaskRows`
-tokenize_task_rows  raw rows of a model's task to token ids and labels; TaskTokens, how
+tokenize_task_rows  raw rows of a model's task to token ids and labels; TaskTokens, its settings
 is_raw_for          whether rows are raw rows of a task
 TaskCollator        rows of a task to batches of tensors
 
@@ -29,7 +29,7 @@ Prompts without completions:
 holds_prompts       whether rows hold prompts alone
 tokenize_prompts    prompts to token ids
 prompt_length       how many tokens of a row are its prompt
-TEACHER_PROMPT, TEACHER_PROMPT_IDS      the columns with what a teacher reads in their place
+TEACHER_PROMPT, TEACHER_PROMPT_IDS      the columns with a teacher's own prompts
 
 For all:
 collator, Collator  rows to batches of tensors

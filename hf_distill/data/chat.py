@@ -20,12 +20,12 @@ Messages = list[dict[str, Any]]
 
 
 def assistant_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Annotated:
-    """A conversation of which the assistant's turns are learnt.
+    """Ids and labels of a conversation, with the loss on the assistant's turns.
 
-    They are what the template marks (``{% generation %}``), else what follows the generation prompt
-    to the end of the turn. A turn that opens the conversation is then not learnt, because no
-    generation prompt comes before it.
-    raises: InputError for a template that neither marks them nor grows by appending
+    A turn is what the template marks by ``{% generation %}``. Without marks it extends from the end
+    of the generation prompt to the end of the turn; a turn that opens the conversation is then not
+    covered by the loss, because no generation prompt comes before it.
+    raises: InputError for a template without marks that rewrites earlier turns
     """
     marked = bool(_GENERATION.search(template(tokenizer)))
     return (_by_marks if marked else _by_prefixes)(tokenizer, messages)
@@ -59,9 +59,9 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Anno
         after = render(tokenizer, messages[: place + 1])["input_ids"]
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise InputError(
-                "the chat template does not mark the assistant's tokens, and its first "
-                f"{place + 1} messages are not a prefix of all {len(messages)}, so they cannot be "
-                "found: use a template with {% generation %} around the assistant's turns"
+                "the assistant's turns cannot be found: the chat template does not mark them, and "
+                f"the first {place + 1} messages as rendered are not a prefix of all "
+                f"{len(messages)}; use a template with {{% generation %}} around these turns"
             )
         labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
@@ -73,8 +73,8 @@ def completion_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) ->
     prompt = render(tokenizer, row["prompt"], add_generation_prompt=True)["input_ids"]
     if ids[: len(prompt)] != prompt:
         raise InputError(
-            "the chat template renders a prompt in another way when a completion follows, so that "
-            "the completion's tokens cannot be found: use a template that only appends"
+            "the chat template renders a prompt differently when a completion follows, so the "
+            "completion's tokens cannot be found: use a template that only appends"
         )
     return ids, [IGNORE] * len(prompt) + ids[len(prompt) :]
 
@@ -97,6 +97,6 @@ def render(
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the chat template refuses a conversation of {roles} ({error}): "
-            "mend or leave out such rows"
+            "correct such rows or leave them out"
         ) from error
     return cast(dict[str, Any], encoded)

@@ -61,7 +61,7 @@ def examine(
     """The rows with repaired text, and columns with facts about each.
 
     ``_reason``: index into ``REASONS``, 0 for a row that may stay
-    ``_characters``, ``_hash`` (whole text), ``_learnt`` (hash of what is to be learnt, 0 for text),
+    ``_characters``, ``_hash`` (whole text), ``_learnt`` (hash of the targets' text, 0 for text),
     ``_repaired``, ``_stripped``, ``_signature`` (MinHash; zeros where it is not needed)
     """
     features = Features({column: rows.features[column] for column in rows.column_names} | _NOTES)
@@ -88,7 +88,7 @@ def row_text(row: Row, name: Format) -> str:
 
 
 def learnt_text(row: Row, name: Format) -> str:
-    """What a model is trained to write: the completion, or the assistant's turns."""
+    """The text of the targets: the completion, or the assistant's turns."""
     if name == "prompt_completion":
         return row["completion"]
     if name == "chat_completion":

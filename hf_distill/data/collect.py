@@ -42,8 +42,8 @@ def collect(
 
     places: files, globs, folders, or one Hub id; split: of the Hub data set
     work_dir: where Arrow files are cached
-    returns: the rows, their format, and what columns were converted, "" where none were
-    raises: InputError naming the place or file that is missing, empty, unreadable or misshapen
+    returns: the rows, their format, and which columns were converted, "" if none
+    raises: InputError naming the place or file that is missing, empty, unreadable or malformed
     """
     places = [places] if isinstance(places, str) else list(places)
     if (name := hub_id(places)) is not None:
@@ -58,7 +58,9 @@ def collect(
         mappings |= {mapping: None} if mapping else {}
     if len(formats) > 1:
         listed = ", ".join(f"{name} ({where})" for name, where in formats.items())
-        raise InputError(f"the files hold rows of different formats: {listed}; prepare them apart")
+        raise InputError(
+            f"the files hold rows of different formats: {listed}; prepare each format by itself"
+        )
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if not len(rows):
         raise InputError(f"{', '.join(places)}: the files hold no row")
@@ -80,7 +82,7 @@ def collect_columns(
         if set(rows.column_names) != set(parts[0].column_names):
             raise InputError(
                 f"{where} has the columns {', '.join(rows.column_names)}, but {origins[0]} has "
-                f"{', '.join(parts[0].column_names)}: prepare them apart"
+                f"{', '.join(parts[0].column_names)}: prepare each by itself"
             )
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(list(parts))
     if not len(rows):
@@ -226,7 +228,7 @@ def _from_files(
         options |= {"sep": delimiter, "index_col": False}
     try:
         return _load(kind, files, work_dir, num_proc=config.num_proc, **options)
-    # Whatever a reader raises on a damaged file: the type depends on format and compression.
+    # The type of a reader's error on a damaged file depends on format and compression.
     except (DatasetGenerationError, OSError, ValueError, EOFError) as error:
         raise InputError(_culprit(kind, files, work_dir, error, **options)) from error
 
@@ -264,7 +266,7 @@ def _culprit(kind: str, files: list[Path], work_dir: Path, error: Exception, **o
         # Decompressors and parsers each raise their own types on a damaged file.
         except Exception as problem:
             reason = _line(problem.__cause__ or problem)
-            return f"{file} cannot be read as {kind} ({reason}): mend or exclude it"
+            return f"{file} cannot be read as {kind} ({reason}): repair or exclude it"
     names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return f"{names} cannot be read as {kind} ({_line(error.__cause__ or error)})"
 

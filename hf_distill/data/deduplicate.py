@@ -1,7 +1,7 @@
 """Find exact and near duplicates among rows, and rows similar to evaluation rows.
 
-MinHash signatures stay on disk in the Arrow table. In memory are the hashes of one band, their
-order, and a hash of what is to be learnt: at most about 60 bytes per row, whatever its length.
+MinHash signatures stay on disk in the Arrow table. The hashes of one band, their order, and a hash
+of each row's targets are in memory: at most about 60 bytes per row of any length.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Signatures:
     def similar(self, first: Indices, second: Indices, threshold: float, learnt: bool) -> Mask:
         """(pairs,) whether the estimated Jaccard similarity reaches the threshold.
 
-        learnt: rows must agree in what is to be learnt as well
+        learnt: rows must also have the same targets
         """
         found = np.empty(len(first), dtype=bool)
         for start in range(0, len(first), _GATHER):

@@ -1,6 +1,6 @@
-"""The column names under which public data sets hold rows, and how they become ours.
+"""Known column names of public data sets, and their conversion to the library's formats.
 
-Three formats are trained on: `text`, `prompt` + `completion`, and `messages`. Prompts and
+There are three formats to train on: `text`, `prompt` + `completion`, and `messages`. Prompts and
 completions are text or lists of messages. The other forms are converted to one of these.
 """
 
@@ -30,11 +30,11 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Form:
-    """One way to hold rows.
+    """A set of column names and its conversion to a format.
 
-    columns: must all be there; optional: are read if they are
-    format: what the rows become; mapping: what becomes of what, as text
-    convert: columns of a batch to the columns of the format; None where they keep their names
+    columns: required; optional: read if they are present
+    format: the format of the result; mapping: the conversion as text
+    convert: columns of a batch to the columns of the format; None if they keep their names
     """
 
     columns: tuple[str, ...]
@@ -141,7 +141,7 @@ def is_list(cell: Any) -> bool:
 
 
 def has_target(row: Mapping[str, Any]) -> bool:
-    """Whether a row that a form has read holds what is to be learnt; it may be empty text."""
+    """Whether a row that a form has read has a target text, which may be empty."""
     cell = next(row[name] for name in ("messages", "completion", "text") if name in row)
     return cell is not None and cell != []
 

@@ -1,4 +1,4 @@
-"""What each step of the preparation kept, and why the other rows went."""
+"""The table of a preparation: the rows that each step kept, removed and changed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.table import Table
 class Step:
     """One step on one split.
 
-    rows, characters, tokens, targets: what was there after the step; None where not counted
-    removed: rows that went, by reason
-    changed: rows that stayed but are not as they were, by reason
+    rows, characters, tokens, targets: counts after the step; None if not counted
+    removed: number of removed rows, by reason
+    changed: number of kept rows whose text has changed, by reason
     """
 
     name: str

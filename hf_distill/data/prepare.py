@@ -178,7 +178,7 @@ def evaluation_places(config: DataConfig) -> tuple[dict[str, list[str]], str]:
     if config.eval_split is None:
         if isinstance(config.train, dict):
             raise InputError(
-                "data.train has several sets, of which no evaluation rows are held out: give "
+                "data.train has several sets, from which no evaluation rows are held out: give "
                 "data.eval"
             )
         return {}, ""
@@ -225,7 +225,7 @@ def _refuse_single_row(train: _Part, evaluation: _Part, config: DataConfig) -> N
 
 
 def _settle_evaluation(part: _Part, config: DataConfig, seed: int) -> Step:
-    """Evaluation rows only lose exact duplicates; near-duplicates of each other stay."""
+    """Remove exact duplicates from the evaluation rows; near-duplicates are kept."""
     removed = {}
     if config.clean.exact_duplicates:
         removed["equal to an earlier row"] = part.drop(repeated(part.values("_hash")))

@@ -1,8 +1,8 @@
-"""Prepare the rows of tasks other than causal language modelling, as a recipe's ``data:`` says.
+"""Prepare the rows of tasks other than causal language modelling for a recipe's ``data:`` section.
 
-Rows are read, held out, freed of repeated rows and of those that evaluation rows share something
-with, sampled, and tokenized. Masked language models are trained on text, which `data.prepare`
-cleans.
+Rows are read and held out. Duplicates and training rows that overlap with evaluation rows are
+removed. The rest is sampled and tokenized. The text of masked language models is cleaned by
+`data.prepare`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ UNITS = {
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of text of all splits, what their labels are, and the steps.
+    """Rows of text of all splits, the kind of their labels, and the table of steps.
 
-    rows: with the split "unlabelled" where the settings name such rows
+    rows: with the split "unlabelled" if the settings name such rows
     """
 
     rows: DatasetDict
@@ -285,7 +285,7 @@ def _mixed(hashes: Hashes, seed: int) -> Hashes:
 def _masked(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int
 ) -> Dataset:
-    """Rows whose tokens are masked once and for all, with `labels` for the masked ones."""
+    """Rows with fixed masks, and `labels` for the masked tokens."""
     mask = masking_collator(tokenizer, probability=probability, seed=seed)
 
     def one(row: Mapping[str, Any]) -> dict[str, Any]:

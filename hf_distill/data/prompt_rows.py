@@ -1,4 +1,4 @@
-"""Tokenize rows that hold prompts alone, whose completions a student will write."""
+"""Tokenize rows of prompts without completions, which the student will generate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_distill.data.prompts import Prompts
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 
-# Raw: what the teacher reads in place of the prompt. Tokenized: the same as ids.
+# The columns of the teacher's own prompts: text or messages, and token ids.
 TEACHER_PROMPT, TEACHER_PROMPT_IDS = "teacher_prompt", "teacher_prompt_ids"
 
 
@@ -37,9 +37,10 @@ def tokenize_prompts(
     """Token ids of prompts: text, or messages with the template's generation prompt after them.
 
     rows: with `prompt`, and perhaps `teacher_prompt`, text or messages each
-    max_length: tokens of a prompt with at least one of its completion; longer prompts are dropped
+    max_length: most tokens of a prompt and at least one token of its completion; longer prompts are
+        dropped
     returns: rows with `input_ids`, `labels` (no target) and perhaps `teacher_prompt_ids`, and one
-        line that says what was done
+        line that reports the result
     raises: InputError for cells that are empty, or neither text nor messages
     """
     names = rows.column_names or list(next(iter(rows), {}))

@@ -1,4 +1,4 @@
-"""Encode what a model reads before it writes: sources with a prefix, prompts, conversations."""
+"""Encode the input of generation: sources with a prefix, prompts, conversations."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _UNLIMITED = 10**9  # tokenizers without a limit report a huge number
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encodes sources for a model that writes.
+    """Encodes sources for generation.
 
-    encoder_decoder: the model's encoder reads the source. Otherwise it is the beginning of the text
-        that the model continues.
-    limit: tokens of an encoded source, at most; the end of a longer text is left out
+    encoder_decoder: the source is the encoder's input; otherwise it is the beginning of the text
+        that the model continues
+    limit: most tokens of an encoded source; a longer text is cut at the end
     prefix: put before each text, such as "summarize: "
     separator: put after each text of a causal model that does not end in white space
     """
@@ -40,7 +40,7 @@ class Prompts:
         """
         if isinstance(source, str):
             if not source.strip():
-                raise InputError("the source is empty, so there is nothing to read")
+                raise InputError("the source is empty: leave out such rows")
             return (self._encoder if self.encoder_decoder else self._causal)(source)
         if not isinstance(source, Sequence) or not all(isinstance(m, Mapping) for m in source):
             raise InputError(
@@ -75,8 +75,8 @@ class Prompts:
         left = self.limit - len(start) - len(end)
         if left < 1:
             raise InputError(
-                f"the model can read {self.limit} tokens, which leaves none for the source: ask "
-                "for fewer new tokens, or use a model with more positions"
+                f"the model can read {self.limit} tokens, which leaves none for the source: set "
+                "max_new_tokens lower, or use a model with more positions"
             )
         return start + token_ids(self.tokenizer, [text])[0][:left] + end, len(whole)
 
@@ -86,7 +86,7 @@ def source_limit(
 ) -> int | None:
     """The longest source that a model takes, in tokens; None if there is no limit.
 
-    positions: of the model; new_tokens: those that are kept for what a causal model writes
+    positions: of the model; new_tokens: reserved for the text that a causal model generates
     raises: InputError if they leave none for the source
     """
     stated = [positions, tokenizer.model_max_length]
@@ -95,8 +95,8 @@ def source_limit(
         return None
     if new_tokens >= min(limits):
         raise InputError(
-            f"{new_tokens} new tokens are asked for, but the model has {min(limits)} positions for "
-            "source and new tokens together: ask for fewer"
+            f"max_new_tokens is {new_tokens}, but the model has {min(limits)} positions for source "
+            "and new tokens together: set it lower"
         )
     return min(limits) - new_tokens
 

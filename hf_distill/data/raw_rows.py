@@ -1,4 +1,4 @@
-"""Tokenize raw rows in Python, with the options that TRL's SFTTrainer has for them."""
+"""Tokenize raw rows in Python, with the options of TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def tokenize_raw_rows(
     """Token ids and labels of raw rows.
 
     rows: with the columns of one of ``data.FORMS``; a stream is tokenized as it is read
-    max_length: tokens of a row, at most. Longer text goes on in further rows; other rows are cut at
-        the end, and dropped if that leaves nothing to learn
-    packing: fill rows of ``max_length`` tokens with several documents; of a stream, a thousand
+    max_length: most tokens of a row. Longer text continues in further rows. Other rows are cut at
+        the end, and dropped if no target is left
+    packing: fill rows of ``max_length`` tokens with several documents; in a stream, a thousand
         documents at a time
-    completion_only_loss: learn completions only; None for True where rows have completions
-    assistant_only_loss: learn the assistant's turns only; of conversational prompts and completions
-        those in the completion
-    keep: further columns to carry along, one number a row
+    completion_only_loss: loss on completions only; None means True if rows have completions
+    assistant_only_loss: loss on the assistant's turns only; with conversational prompts and
+        completions, on those in the completion
+    keep: further columns to keep, one number per row
     num_proc: processes that tokenize a ``Dataset``
-    returns: rows with ``input_ids`` and ``labels`` (and ``position_ids`` where packed documents
-        must not see each other), and one line that says what was done
+    returns: rows with ``input_ids`` and ``labels`` (and ``position_ids`` if packed documents must
+        not attend to each other), and one line that reports the result
     raises: InputError for options that do not fit the rows, or a tokenizer that does not
     """
     if max_length < 2:
@@ -126,8 +126,8 @@ def _of_dataset(
         tokens = tokens.select(np.flatnonzero(state != DROPPED))
     if not len(tokens):
         raise InputError(
-            f"no row has anything to learn within {settings['max_length']} tokens: raise "
-            "max_length, or check which tokens the loss is on"
+            f"no row has a target within {settings['max_length']} tokens: raise max_length, or "
+            "check which tokens the loss covers"
         )
     whole = settings["name"] != "text"
     if packing:
@@ -163,7 +163,7 @@ def _of_stream(
 
 
 def _tokenize_stream(batch: Mapping[str, Sequence[Any]], **settings: Any) -> dict[str, list[Any]]:
-    """As `_tokenize_batch`, without rows that have nothing to learn."""
+    """As `_tokenize_batch`, without rows that have no target."""
     columns = _tokenize_batch(batch, **settings)
     stays = [state != DROPPED for state in columns["_state"]]
     return {
@@ -214,7 +214,8 @@ def _annotated(
 ) -> list[Annotated]:
     """Ids and labels of rows that hold a target.
 
-    completions, turns: learn these only; both, what is in both; neither, all tokens
+    completions, turns: loss on these only; with both, on their intersection; with neither, on all
+        tokens
     """
     whole = [*rows["messages"]] if name == "chat" else []
     if name == "chat_completion":
@@ -225,7 +226,7 @@ def _annotated(
     if whole and not completions:
         ids = [render(tokenizer, messages)["input_ids"] for messages in whole]
         return [(one, list(one)) for one in ids]
-    # Prompt and completion stand as they are; what was converted needs a border between them.
+    # Prompt and completion are joined as they are; converted columns need a separator.
     found = annotate(rows, tokenizer, name, "\n" if form.convert is not None else "")
     if turns:
         return [
@@ -264,7 +265,7 @@ def _kept(rows: Rows, names: list[str], packing: bool) -> list[str]:
     """The names, after a check that these columns can be kept."""
     if packing and names:
         raise InputError(
-            f"packing puts several rows into one, which cannot keep {names[0]!r}: set packing=False"
+            f"a packed row holds several rows and cannot keep {names[0]!r}: set packing=False"
         )
     for name in names:
         dtype = getattr((rows.features or {}).get(name), "dtype", "float64")

@@ -23,7 +23,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class SourceTarget:
-    """The columns that are read and written.
+    """The names of the source and target columns.
 
     source, target: names of columns; "translation.en" is the field "en" of the column "translation"
     """
@@ -35,9 +35,9 @@ class SourceTarget:
 def find_source_target(names: Sequence[str], columns: Mapping[str, str] | None) -> SourceTarget:
     """The columns of source and target.
 
-    names: the columns that there are
-    columns: {"source": ..., "target": ...} where the names of `PAIRS` are not used
-    raises: InputError if no known pair is there, or a column that is told is not
+    names: the existing columns
+    columns: {"source": ..., "target": ...}, if the names are not among `PAIRS`
+    raises: InputError if there is no known pair, or a named column does not exist
     """
     if columns is not None:
         unknown = set(columns) - {"source", "target"}
@@ -52,7 +52,7 @@ def find_source_target(names: Sequence[str], columns: Mapping[str, str] | None) 
             return SourceTarget(source, target)
     if "translation" in names:
         raise InputError(
-            "the column translation does not say what is translated into what: name both, as in "
+            "the column translation does not state the direction: name both languages, as in "
             'columns={"source": "translation.en", "target": "translation.es"}'
         )
     raise InputError(

@@ -51,11 +51,11 @@ class TaskCollator:
 
     task: the `key` of a task other than causal language modelling
     tokenizer: its padding token is used, or its end-of-text token if it has none
-    probability, seed: of the masks for rows of masked language modelling that have no `labels`,
-        which are masked otherwise at each call; see `masking_collator`. After `set_epoch` they
-        depend on seed, epoch and the row's ids only
-    Columns that the task does not know are left out.
-    raises: InputError for rows without what the task needs
+    probability, seed: of the masks for rows of masked language modelling without `labels`. Each
+        call masks other tokens, see `masking_collator`. After `set_epoch` the masks depend on seed,
+        epoch and the row's ids only
+    Columns that the task does not use are left out.
+    raises: InputError for rows without the columns that the task needs
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class TaskCollator:
         return batch
 
     def set_epoch(self, epoch: int, seed: int = 0) -> None:
-        """Mask each row from now on by a choice of its own for this epoch.
+        """From now on, draw the masks of each row from seed, epoch and its ids.
 
-        It is the same whenever the batch is made: by workers, ahead of the steps, after a resume.
-        seed: used where the collator was given none
+        So workers, prefetching and resuming do not change them.
+        seed: used if the collator was given none
         """
         if self._epoch is not None:
             self._epoch.copy_(torch.tensor([epoch, seed if self._seed is None else self._seed]))
@@ -133,10 +133,9 @@ def mask_rows(
     probability: float = MASKING_PROBABILITY,
     seed: int = 0,
 ) -> Dataset:
-    """Rows with some of their tokens masked, and `labels` for those: the same at each reading.
+    """Rows with fixed masks on some of their tokens, and `labels` for the masked tokens.
 
-    For evaluation, whose figures then depend neither on the batch size nor on the moment, and for
-    rows that are to be recorded.
+    Use it for evaluation rows, so that repeated evaluations agree, and for rows to be recorded.
     rows: with `input_ids`, and perhaps `special_tokens_mask`; probability, seed: see
         `masking_collator`
     """

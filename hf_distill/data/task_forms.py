@@ -1,7 +1,7 @@
 """Turn raw rows of other tasks than causal language modelling into token ids and labels.
 
-`data.task_rows` reads the rows and `data.task_tokens` tokenizes them. Here both are joined for a
-model: its task says what rows hold, its config which classes there are.
+`data.task_rows` reads the rows and `data.task_tokens` tokenizes them. This module combines both for
+a model: its task decides the columns, its config the classes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TaskTokens:
     max_target_length: tokens of a target text at most
     prefix: put before each source text
     source_lang, target_lang: fields of `translation`, and the codes of a tokenizer that has them
-    stride: tokens of a window of a context that stood in the window before
+    stride: tokens that consecutive windows of a context share
     """
 
     max_length: int
@@ -108,9 +108,9 @@ def tokenize_task_rows(
     task, config: of the model; its `id2label` names the classes
     rows: as `is_raw_for` knows them
     keep: further columns to carry along, one number a row
-    returns: rows as the functions of `data.task_tokens` give them, and one line that says what was
-        done. A label that is null (or -100) becomes a row without a label
-    raises: InputError for a row that cannot be used, or labels that are none of the model's
+    returns: rows as the functions of `data.task_tokens` return them, and one line that reports the
+        result. A row whose label is null (or -100) has no label
+    raises: InputError for a row that cannot be used, or a label that the model does not have
     """
     kept = {name: rows.with_format(None)[name] for name in keep if name in rows.column_names}
     if task.key == "seq2seq-lm":
@@ -124,8 +124,8 @@ def tokenize_task_rows(
     elif task.key == "masked-lm":
         if kept:
             raise InputError(
-                f"the rows have {next(iter(kept))!r}, but long texts go on in further rows, which "
-                "cannot keep it: tokenize them first (hf_distill.data.tokenize_texts)"
+                f"the rows have {next(iter(kept))!r}, which cannot be kept, since long texts "
+                "continue in further rows: tokenize them first (hf_distill.data.tokenize_texts)"
             )
         found, line = tokenize_texts(read_texts(rows), tokenizer, max_length=how.max_length)
     else:
@@ -143,8 +143,7 @@ def _source_target(
         fields = list(rows.with_format(None)[0]["translation"])
         if how.source_lang is None or how.target_lang is None:
             raise InputError(
-                f"the column translation holds {', '.join(fields)}: say what is translated into "
-                "what by source_lang and target_lang"
+                f"the column translation holds {', '.join(fields)}: set source_lang and target_lang"
             )
         columns = {
             "source": f"translation.{_field(fields, how.source_lang)}",
@@ -208,7 +207,7 @@ def _labelled(
     found, line = tokenize_labelled(read, tokenizer, max_length=max_length)
     if without.any():
         found = without_label(found, without, labels)
-        line += f"; {int(without.sum()):,} without a label, for the teacher alone"
+        line += f"; {int(without.sum()):,} without a label, for the divergence only"
     return found, line + named
 
 
@@ -227,7 +226,7 @@ def _by_name(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, str]:
 
 
 def _check_kind(rows: Dataset, name: str, labels: Labels) -> None:
-    """InputError for labels that another head is for."""
+    """InputError for labels that the student's head does not fit."""
     feature = rows.features[name]
     several = getattr(feature, "feature", None) is not None
     if several and labels.kind == "single":

@@ -7,9 +7,9 @@
     read_tagged          words with tags -> tokens, tags
     read_texts           plain text, for masked language modelling -> text
 
-Each takes a `datasets.Dataset`, and `columns` where its names are not the known ones:
-`columns={"text": "body", "label": "topic"}`. A row that cannot be used ends in an `InputError` of
-one line with the number of the row.
+Each takes a `datasets.Dataset`, and `columns` if its columns have other names than the known ones:
+`columns={"text": "body", "label": "topic"}`. A row that cannot be used raises an `InputError` with
+the number of the row.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ Kind = Literal["single", "several", "regression"]
 
 @dataclass(frozen=True)
 class Labels:
-    """What labels are.
+    """The kind of the labels, and the names of the classes.
 
-    kind: "single", one class a row (or word); "several", any number of classes; "regression", a
+    kind: "single", one class per row (or word); "several", any number of classes; "regression", a
         number. names: of the classes, in the order of their indices; () for numbers
     """
 
@@ -101,10 +101,10 @@ def read_texts(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Da
 def read_questions(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
     """Rows of `id`, `question`, `context` and `answers`.
 
-    The answers come as SQuAD's {"text": [...], "answer_start": [...]}, as a list of {"text",
-    "answer_start"}, or in columns of their own, one answer or a list. No answer, or
-    `is_impossible`, is an unanswerable question. An answer without a start, or with one at which it
-    does not stand, is searched in the context; of several places the nearest to the start counts.
+    Answers may be SQuAD's {"text": [...], "answer_start": [...]}, a list of {"text",
+    "answer_start"}, or separate columns with one answer or a list. A question without an answer, or
+    with `is_impossible`, is unanswerable. An answer whose start is missing or wrong is searched in
+    the context; of several occurrences the one nearest to the start is used.
 
     returns: `answers` is {"text": [...], "answer_start": [...]}, starts in characters
     raises: InputError for an answer that the context does not contain
@@ -163,8 +163,8 @@ def _place(context: str, text: str, start: int | None) -> int:
         at = context.find(text, at + 1)
     if not places:
         raise InputError(
-            f"the context does not contain the answer {text!r}: an extractive model can only "
-            "point at a place in it"
+            f"the context does not contain the answer {text!r}, which an extractive model needs: "
+            "correct the row or leave it out"
         )
     return min(places, key=lambda place: abs(place - (start or 0)))
 
@@ -178,7 +178,7 @@ def read_labelled(
     labels: Labels | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Dataset, Labels]:
-    """Rows of `text`, perhaps `pair`, and `label`, and what the labels are.
+    """Rows of `text`, perhaps `pair`, and `label`, and their `Labels`.
 
     Pairs are premise and hypothesis, sentence1 and sentence2, question1 and question2, question and
     sentence. Labels are names or indices of classes, lists of these (several labels), or floating
@@ -222,7 +222,7 @@ def read_unlabelled(dataset: Dataset, columns: Mapping[str, str] | None = None) 
 
 
 def _paired(dataset: Dataset, columns: Mapping[str, str] | None) -> dict[str, str]:
-    """The columns that were told, and those of a known pair of texts."""
+    """The columns that were named, and those of a known pair of texts."""
     told = dict(columns or {})
     pairs = (pair for pair in TEXT_PAIRS if set(pair) <= set(dataset.column_names))
     if "text" not in told and (pair := next(pairs, None)) is not None:
@@ -297,7 +297,7 @@ def _labels(dataset: Dataset, column: str, names: Sequence[str] | None) -> Label
     values = {one for cell in cells for one in (cell or ())} if several else set(cells)
     values.discard(None)
     if not values:
-        raise InputError(f"the column {column!r} holds no label at all")
+        raise InputError(f"the column {column!r} holds no label: give labelled rows")
     if all(isinstance(value, str) for value in values):
         return Labels(kind, tuple(sorted(values)))
     if all(isinstance(value, int) for value in values) and min(values) >= 0:

@@ -1,7 +1,7 @@
 """Tokenize the rows of other tasks, as `data.task_rows` reads them.
 
-Each function returns rows of token ids, without padding, and one line that says what was done.
-`labels` are what the models of transformers take; `IGNORE` (-100) marks tokens without one.
+Each function returns rows of token ids, without padding, and one line that reports the result.
+`labels` have the form that transformers' models take; `IGNORE` (-100) marks tokens without a label.
 """
 
 from __future__ import annotations
@@ -164,16 +164,18 @@ def tokenize_questions(
 ) -> tuple[Dataset, str]:
     """Windows of question and context: `input_ids`, `start_positions`, `end_positions`, ...
 
-    A context that does not fit goes on in further windows, each of which repeats `stride` tokens
-    of the one before.
+    A context that does not fit continues in further windows. Each window repeats `stride` tokens
+    of the previous one.
 
-    returns: one row a window with
-        `start_positions`, `end_positions`: the first and last token of the first answer; where it
-            is not wholly in the window, or there is none, those of the CLS token (0 without one)
-        `answer_mask`: 1 for each token that may be an answer's, the context's and CLS; 0 for others
+    returns: one row per window with
+        `start_positions`, `end_positions`: the first and last token of the first answer; the
+            position of the CLS token (0 without one) if the answer is not wholly in the window or
+            does not exist
+        `answer_mask`: 1 for each token that can be part of an answer (the context's and CLS), else
+            0
         `offsets`: first and last + 1 character of each of the context's tokens, [-1, -1] for others
-        `row`: the index of the row that the window is of
-    raises: InputError for a question that leaves no place for the context
+        `row`: the index of the window's row
+    raises: InputError for a question that leaves no tokens for the context
     """
     _check_length(tokenizer, max_length)
     _check_fast(tokenizer, "the characters of a token")
@@ -291,15 +293,15 @@ def _texts(
 def masking_collator(
     tokenizer: PreTrainedTokenizerBase, *, probability: float = 0.15, seed: int | None = None
 ) -> DataCollatorForLanguageModeling:
-    """A collator that masks other tokens at each call, with `labels` for the masked ones.
+    """A collator that masks random tokens at each call, with `labels` for the masked ones.
 
-    probability: that a token is masked; seed: of the choice, for repeatable runs
+    probability: that a token is masked; seed: of the random choice
     raises: InputError for a tokenizer without a mask token
     """
     if tokenizer.mask_token is None:
         raise InputError(
-            "the tokenizer has no mask token, so it belongs to no masked language model: give that "
-            "of a BERT-like model"
+            "the tokenizer has no mask token: give the tokenizer of a masked language model, such "
+            "as BERT"
         )
     if not 0 < probability < 1:
         raise InputError(f"probability is {probability}, but must be between 0 and 1")
@@ -310,7 +312,7 @@ def masking_collator(
 
 
 def label_names(labels: Labels) -> dict[str, Any]:
-    """What a model's config says of its labels: `num_labels`, `id2label`, `problem_type`, ..."""
+    """Settings for a model's config: `num_labels`, `id2label`, `problem_type`, ..."""
     types = {
         "single": "single_label_classification",
         "several": "multi_label_classification",
@@ -358,14 +360,14 @@ def _check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     limit = tokenizer.model_max_length
     if not 2 <= max_length <= limit:
         raise InputError(
-            f"max_length is {max_length}, but must be 2 to {limit}, what the tokenizer's model "
-            "takes"
+            f"max_length is {max_length}, but must be 2 to {limit}, the limit of the tokenizer's "
+            "model"
         )
 
 
 def _check_fast(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer is a {type(tokenizer).__name__}, which does not tell {what}: use a "
+            f"the tokenizer is a {type(tokenizer).__name__}, which does not report {what}: use a "
             "fast one (PreTrainedTokenizerFast)"
         )

@@ -1,4 +1,4 @@
-"""Tokenize rows of text, and make labels for the tokens that are learnt."""
+"""Tokenize rows of text, and make labels for the tokens that the loss covers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def tokenize_rows(
     config: DataConfig,
     table: PreparationTable,
 ) -> tuple[DatasetDict, PreparationTable]:
-    """Token ids and labels, at most ``config.max_length`` a row, packed if the config asks for it.
+    """Token ids and labels, at most ``config.max_length`` per row, packed if the config says so.
 
-    rows, table: as ``clean_rows`` returns them; the table is continued
-    returns: splits with ``input_ids`` and ``labels`` (int32, unpadded; ``IGNORE`` where nothing is
-        to be learnt), and ``position_ids`` where packed documents must not see each other. Several
-        sets of training rows are one split, ``train``, one set after the other
-    raises: InputError if the tokenizer does not fit the rows or ``max_length``, or nothing is left
+    rows, table: as ``clean_rows`` returns them; further steps are added to the table
+    returns: splits with ``input_ids`` and ``labels`` (int32, unpadded; ``IGNORE`` where there is no
+        target), and ``position_ids`` if packed documents must not attend to each other. Several
+        sets of training rows become one split, ``train``, one set after the other
+    raises: InputError if the tokenizer does not fit the rows or ``max_length``, or no row is left
     """
     splits: dict[str, Dataset] = {}
     training = [_format(part) for split, part in rows.items() if split.startswith("train")]
@@ -80,12 +80,13 @@ def annotate(
 ) -> list[Annotated]:
     """Ids and labels of every row of a batch, without any limit of length.
 
-    text: all tokens are learnt, the end-of-text token after each document too
+    The loss covers, by format:
+    text: all tokens, and the end-of-text token after each document
     prompt_completion: the completion and the end-of-text token after it; the ids of the prompt
-        alone are an exact prefix, as in generation
+        alone are an exact prefix of the row, as in generation
     chat: the assistant's turns; see ``chat.assistant_turns``
     chat_completion: everything after the prompt and its generation prompt
-    raises: InputError for a chat template by which they cannot be found
+    raises: InputError for a chat template in whose text these cannot be found
     """
     if name == "chat_completion":
         return [completion_of(tokenizer, row) for row in iterate(batch)]
@@ -169,7 +170,7 @@ def _annotate_batch(
 def windows(row: Annotated, max_length: int, *, text: bool, cut: bool) -> list[dict[str, Any]]:
     """The rows of at most ``max_length`` tokens that one annotated row gives, with notes.
 
-    text: long rows go on in further rows; of others the end is left out
+    text: long rows continue in further rows; other rows are cut at the end
     cut: False leaves long rows whole, for packing, which cuts them itself
     """
     ids, labels = row
@@ -212,7 +213,7 @@ def check_tokenizer(
     if chat:
         template(tokenizer)
     elif tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-text token, so documents cannot end: set one")
+        raise InputError("the tokenizer has no end-of-text token, which ends a document: set one")
     limit = tokenizer.model_max_length
     if max_length > limit and limit < _UNLIMITED:
         raise InputError(

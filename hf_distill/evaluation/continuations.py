@@ -19,12 +19,12 @@ from hf_distill.models.from_scratch import max_positions
 def split_row(
     row: Mapping[str, Any], prompt_tokens: int, reference_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """The prompt of a row, and what really follows it.
+    """The prompt of a row, and the reference that follows it.
 
     row: `input_ids`, and perhaps `labels` (default: the ids) and `attention_mask`
-    prompt_tokens, reference_tokens: at most, in a row of plain text, which has no prompt of its own
-    returns: the ids before the first target (without any target, all), and the targets up to the
-        next id that is none; of plain text its beginning, and what stands behind it
+    prompt_tokens, reference_tokens: most tokens of each, in a row of plain text
+    returns: the ids before the first target (all ids if there is no target), and the first run of
+        targets; in plain text, the beginning and the text after it
     """
     ids: Sequence[int] = row["input_ids"]
     labels, mask = row.get("labels"), row.get("attention_mask")
@@ -47,8 +47,8 @@ def continuations(
 ) -> list[dict[str, str]]:
     """Greedy continuations of the same prompts by several models, side by side.
 
-    models: by the name that their text gets; prompts: token ids
-    max_new_tokens: fewer where a model has no position left for them
+    models: by name; prompts: token ids
+    max_new_tokens: reduced if a model has fewer positions left
     returns: for each prompt, `prompt` and each model's continuation of it, as text
     raises: InputError for a prompt that leaves a model no position at all
     """

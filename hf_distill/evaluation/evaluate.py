@@ -53,7 +53,7 @@ def evaluate_student(
 ) -> Evaluation:
     """Measure a model beside its teacher: quality, size, speed and memory.
 
-    student: a model of any task; for the teacher's own figures, the teacher
+    student: a model of any task; pass the teacher for the teacher's own figures
     teacher: None leaves out the figures that compare with it. Both models run in eval mode, in
         their own dtype (and the accelerator's mixed precision, if it has one). Their modes and
         flags are restored afterwards; they stay on the accelerator's device.
@@ -61,24 +61,25 @@ def evaluate_student(
         position_ids. Rows for masked language modelling without labels are masked once
     references: for question answering, the questions that the rows are windows of, which adds
         `exact_match` and `f1`; with `generate`, the target texts, by default what the labels spell
-    generate: for an encoder-decoder, lets it write: keywords of its `generate`, {} for its own
-        settings; adds `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, `bleu`, `chrf`
+    generate: for an encoder-decoder: keywords of its `generate`, {} for its own settings; adds
+        `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, `bleu`, `chrf` of the generated texts
     data_collator: rows to a padded batch; default `hf_distill.data.collator(tokenizer)`, for other
         tasks than causal language modelling `TaskCollator`
     batch_size: rows at a time on each process
-    shared_vocabulary: how many ids, from 0 on, mean the same to both, for KL and agreement;
-        default: what both heads and the tokenizer have, checked where the teacher's is known
-    accelerator: by default one of the mixed precision that this process already computes with, that
-        of a Trainer before; none otherwise
-    speed: measure also speed and peak memory, about a second for a small model
+    shared_vocabulary: number of ids, from 0 on, that are the same tokens in both models, for KL and
+        agreement; by default those of both heads and the tokenizer; the tokens are compared if the
+        teacher's tokenizer is known
+    accelerator: by default one with the mixed precision that an earlier Trainer in this process has
+        set, otherwise without mixed precision
+    speed: also measure speed and peak memory; takes about a second for a small model
     returns: `targets`; `ce` and `kl_to_teacher` (nats a target), `top1_agreement` and
         `calibration_error`; over a vocabulary also `perplexity`, and `bits_per_byte` where targets
         spell text; the metrics of the task; `parameters`, `size_mb`; with `speed` also
         `peak_memory_mb` and `prefill_tokens_per_s`, `decode_tokens_per_s`, or `examples_per_s` of a
-        model that does not write; the same on every process. docs/evaluation.md defines each.
-        The dictionary also has what the model predicts for each row, see `Evaluation.predictions`
-    raises: InputError for rows without targets, ids or classes that a model lacks, a loss that is
-        not finite
+        model that does not generate text; the same on every process. docs/evaluation.md defines
+        each. `Evaluation.predictions` has the predictions for each row
+    raises: InputError for rows without targets, ids or classes that a model lacks, or a loss that
+        is not finite
     """
     with one_accelerator(accelerator) as accelerator, as_they_were(student, teacher):
         pair = Pair(student, teacher, accelerator)
@@ -109,11 +110,11 @@ def evaluate_models(
     accelerator: Accelerator | None = None,
     speed: bool = True,
 ) -> tuple[dict[str, dict[str, Evaluation]], dict[str, dict[str, float]]]:
-    """Measure several models of one task beside one teacher, which runs once a batch for all.
+    """Measure several models of one task beside one teacher, which runs once per batch for all.
 
-    models: by name, and the teacher's own model perhaps among them; all are in memory together
+    models: by name, may include the teacher's own model; all are in memory together
     datasets: sets of rows by name; references: by the same names
-    generate: a model in shards does not write; the other arguments: see `evaluate_student`
+    generate: not for a sharded model; the other arguments: see `evaluate_student`
     returns: the quality of each model by set and name; and its size, with `speed` its speed and
         peak memory, by name. The models are timed in turn, see `in_turn`
     raises: InputError, as `evaluate_student`
@@ -147,7 +148,7 @@ def costs_of(
 ) -> dict[str, dict[str, float]]:
     """Size of each model; its speed and peak memory, measured on the main process."""
     sizes = {name: performance.size(pair.plain) for name, pair in pairs.items()}
-    # What is in shards is asked by all processes at once, and not timed.
+    # All processes run a sharded model together; it is not timed.
     timed = {name: pair for name, pair in pairs.items() if speed and not pair.together}
     if not timed:
         return sizes
@@ -182,7 +183,7 @@ def _measure(
 
 
 def collect(measure: Measure, outputs: Outputs, accelerator: Accelerator) -> None:
-    """Add what a measure keeps of a batch on each process, without rows that fill the last one."""
+    """Gather a measure's columns of each batch, without the rows that fill the last batch."""
     columns = measure.columns(outputs)
     for name in measure.widths_differ & columns.keys():
         columns[name] = accelerator.pad_across_processes(columns[name], dim=1, pad_index=IGNORE)
@@ -199,13 +200,13 @@ def _texts(
 ) -> Texts:
     if not isinstance(pair.task, Seq2SeqLM):
         raise InputError(
-            f"generate is given, but the model is for {pair.task.name}: only an encoder-decoder "
-            "writes targets of its own"
+            f"generate is given, but the model is for {pair.task.name}: leave it out, since only "
+            "encoder-decoders generate targets"
         )
     if pair.together:
         raise InputError(
-            "generate is given, but the model is in shards over all processes, which would have "
-            "to write together: evaluate it on one process"
+            "generate is given, but the model is sharded over the processes, which would have to "
+            "generate together: evaluate it on one process"
         )
     return Texts(pair.plain, tokenizer, settings, references, accelerator.autocast)
 
@@ -213,10 +214,10 @@ def _texts(
 def prepared(
     task: Task, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, own_form: bool
 ) -> Any:
-    """The rows; for masked language modelling with masks, so that all models see the same ones.
+    """The rows; for masked language modelling with masks, so that all models get the same ones.
 
-    own_form: whether the rows go to the collator of this library, so that they have input_ids, and
-        are masked where they have no labels
+    own_form: whether the rows go to this library's collator: they must have input_ids, and rows
+        without labels are masked
     raises: InputError for no rows, raw rows, or a stream
     """
     if not isinstance(dataset, Sized):
@@ -231,8 +232,8 @@ def prepared(
     if isinstance(first, Mapping) and own_form and "input_ids" not in first:
         raise InputError(
             f"the evaluation rows have the columns {', '.join(first)}, but no input_ids: tokenize "
-            "them first (`hf_distill.data`), or take the eval_dataset of a trainer, which has done "
-            "it"
+            "them first (`hf_distill.data`), or pass the eval_dataset of a trainer, which is "
+            "tokenized"
         )
     if not own_form or not isinstance(task, MaskedLM) or "labels" in first:
         return rows
@@ -252,7 +253,7 @@ def _batches(
 
 @contextmanager
 def as_they_were(*models: Any) -> Iterator[None]:
-    """Whatever happens inside, modes and gradient flags are afterwards what they were."""
+    """A context after which modes and gradient flags are restored, also on an error."""
     models = tuple(model for model in models if isinstance(model, nn.Module))
     modes = [(module, module.training) for model in models for module in model.modules()]
     flags = [(p, p.requires_grad) for model in models for p in model.parameters()]

@@ -29,19 +29,19 @@ def examples(
     batch_size: int = 8,
     accelerator: Accelerator | None = None,
 ) -> list[dict[str, str]]:
-    """Choose some rows, and return the prediction of each model for them, in words.
+    """Choose some rows, and return each model's prediction for them as text.
 
-    models: by name, of one task, in the order in which they are shown, the student last: half of
-        the rows are those that the last one predicts wrong, if there are as many, the worst first.
-        In the place of a model that was measured already stands what `evaluate_student` returned
+    models: by name, of one task, in the order in which they are shown, the student last. Half of
+        the rows are rows that the last model predicts wrong, if there are enough, the worst first.
+        Instead of a model, you can pass what `evaluate_student` returned for it
     dataset, references, generate, data_collator, batch_size, accelerator: see `evaluate_student`;
-        question answering needs `references`, and an encoder-decoder always writes
+        question answering needs `references`, and an encoder-decoder always generates
     number: of rows
-    prompts: what the models read, a text for each row (for question answering, each question); by
-        default what the ids spell
+    prompts: a text for each row (for question answering, for each question) to show as the prompt;
+        by default the decoded ids
     returns: a dictionary for each row: `prompt`, `reference`, and the text of each model
-    raises: InputError for models that predict nothing that has one right answer (causal language
-        models: use `continuations`), and for what `evaluate_student` refuses
+    raises: InputError for causal language models (use `continuations`), and in the cases of
+        `evaluate_student`
     """
     if not models:
         raise InputError("there are no models to show: give at least one, by name")
@@ -98,7 +98,7 @@ def _check_alike(found: Mapping[str, Predictions], prompts: Sequence[str] | None
 
 
 def _prompt(rows: Any, references: Any, row: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a model reads in a row, as text: a line for each part between the special tokens."""
+    """The input of a model in a row as text: a line for each part between the special tokens."""
     if references is not None and "context" in references[row]:
         return f"{references[row]['question']}\n\n{references[row]['context']}"
     breaks = {

@@ -1,7 +1,7 @@
 """Benchmarks of lm-evaluation-harness (`lm_eval`), which the extra `eval` installs.
 
-Tasks are those of the harness, or YAML files in a folder of the user's. Whether the rows of a task
-are downloaded is decided by its YAML file.
+Tasks are those of the harness, or YAML files in a folder of the user's. The YAML file of a task
+decides whether its rows are downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from hf_distill.errors import InputError
 from hf_distill.models.base import base_model
 
-# The standard errors of metrics that are no means of rows come from so many resamples.
+# Number of bootstrap resamples for standard errors of metrics that are not means over rows.
 RESAMPLES = 1000
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -104,16 +104,19 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
-    """An index of the tasks in a folder, and of the harness's own where these are needed.
+    """An index of the tasks in a folder, and of the harness's own tasks if these are needed.
 
-    Its own are thousands of files, which take seconds to read.
+    The harness has thousands of task files, which take long to read.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "evaluate.harness needs lm-evaluation-harness: pip install 'hf-distill[eval]'"
         )
     if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"evaluate.harness.include_path {include_path!r} is no folder")
+        raise InputError(
+            f"evaluate.harness.include_path {include_path!r} is not a folder: give one with YAML "
+            "files"
+        )
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is unusual

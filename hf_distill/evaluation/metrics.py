@@ -1,13 +1,13 @@
 """`evaluate` metrics of predicted distributions, made of sums by row.
 
-They are instantiated as they are (`Perplexity()`), so nothing is downloaded, and take columns of
-`hf_distill.evaluation.row_sums` through `add_batch` or `compute`, as any metric of `evaluate` does:
+Create them directly (`Perplexity()`), so that nothing is downloaded. They take the columns of
+`hf_distill.evaluation.row_sums` through `add_batch` or `compute`, like any metric of `evaluate`:
 
     metric = Perplexity()
     metric.add_batch(nll=[12.5, 9.1], targets=[6, 4])
     metric.compute()  # {"ce": 2.16, "perplexity": 8.67...}
 
-All sums are exactly rounded, so that a result does not depend on the order of the rows either.
+All sums are exactly rounded, so a result does not depend on the order of the rows.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Perplexity(RowMetric):
             return {"ce": ce, "perplexity": math.exp(ce)}
         except OverflowError as error:
             raise InputError(
-                f"the mean loss is {ce:.4g} nats a target, so that the perplexity is beyond any "
-                "number: the model's weights have diverged, or are not those of this tokenizer"
+                f"the mean loss is {ce:.4g} nats a target, so the perplexity overflows: the "
+                "model's weights have diverged, or the tokenizer is not the model's"
             ) from error
 
 
@@ -80,8 +80,8 @@ class BitsPerByte(RowMetric):
     def _compute(self, nll: Sequence[float], bytes: Sequence[int]) -> dict[str, float]:
         if not sum(bytes):
             raise InputError(
-                "the targets spell no text, only special tokens, so there are no bits per byte: "
-                "check the evaluation rows and the tokenizer"
+                "the targets are special tokens only, so there are no bits per byte: check the "
+                "evaluation rows and the tokenizer"
             )
         return {"bits_per_byte": math.fsum(nll) / math.log(2) / sum(bytes)}
 

@@ -1,7 +1,7 @@
-"""Let a model continue held-out prompts in its own words, and measure what it has written.
+"""Let a model continue held-out prompts, and measure the generated text.
 
-The text is drawn from the model's own distribution. On such text the mean divergence from the
-teacher is what on-policy distillation minimises, and mistakes at one token reach the next ones.
+The text is sampled from the model's own distribution. The mean divergence from the teacher on such
+text is what on-policy distillation minimises, and an error at one token affects the next ones.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ def evaluate_written(
 ) -> Evaluation:
     """Let a causal language model continue the prompts of held-out rows, and measure its texts.
 
-    model: for the teacher's own figures, the teacher; one in shards does not write
-    teacher: judges the text; None leaves out the figures that compare with it
-    dataset: rows with input_ids and labels. The prompt is what stands before the first target, the
-        reference what the targets spell; see `split_row`
-    prompt_tokens: of a row without a prompt of its own
-    sampling_temperature: 0 writes the likeliest tokens
-    seed: a drawn text depends on seed, number and prompt of its row, not on the batch size or the
-        number of processes, up to rounding
+    model: not sharded; pass the teacher for the teacher's own figures
+    teacher: None leaves out the figures that compare with it
+    dataset: rows with input_ids and labels. The prompt is the part before the first target, the
+        reference the first run of targets; see `split_row`
+    prompt_tokens: length of the prompt in rows of plain text
+    sampling_temperature: 0 is greedy
+    seed: a sampled text depends on the seed, the index of its row and the prompt. It does not
+        depend on the batch size or the number of processes, up to rounding
     batch_size: rows at a time on each process
     returns: `written_rougeL`, the mean F-measure with the reference, 0 to 1, of rows that have one;
         `written_tokens`, `written_cut`, `written_repetition`, `written_distinct`, see
-        `length_and_variety`; over all written tokens `written_log_prob` and
-        `written_teacher_log_prob`, the mean log-probability that model and teacher give the token,
-        `written_reverse_kl`, KL(model || teacher), in nats a token, and `written_agreement`, the
-        share of places where both have the same likeliest token. Distributions are those at
+        `length_and_variety`; over all generated tokens `written_log_prob` and
+        `written_teacher_log_prob`, the mean log-probability of the token under model and teacher,
+        `written_reverse_kl`, KL(model || teacher), in nats per token, and `written_agreement`, the
+        share of positions where both have the same most likely token. Distributions are at
         temperature 1 over the ids that both models share. `predictions` has text and reference of
-        each row; the same on every process
-    raises: InputError for a model that does not continue text, rows without input_ids, a prompt
-        that fills the positions of model or teacher, distributions that are not finite
+        each row. All are the same on every process
+    raises: InputError for a model that is not a causal language model, rows without input_ids, a
+        prompt that leaves model or teacher no position, or distributions that are not finite
     """
     with one_accelerator(accelerator) as accelerator, as_they_were(model, teacher):
         pair = Pair(model, teacher, accelerator)
@@ -98,9 +98,9 @@ def evaluate_written(
 
 
 class OwnText(Measure):
-    """What a model has written after each prompt, and what it and the teacher give each token.
+    """The generated text after each prompt, with log-probabilities under model and teacher.
 
-    references: ids that each text is compared with, perhaps none
+    references: ids to compare each text with, may be empty
     ends: ids that end a text; shared: see `row_sums`
     order: the number of each row in the data set, in the order in which rows are added
     """
@@ -139,9 +139,9 @@ class OwnText(Measure):
         for name, values in columns.items():
             if not values.isfinite().all():
                 raise InputError(
-                    f"the {name.replace('_', ' ')} of a text that the model has written is not "
-                    "finite: the weights of model or teacher have diverged, or their dtype is too "
-                    "narrow (load them in float32 or bfloat16)"
+                    f"the {name.replace('_', ' ')} of a generated text is not finite: the weights "
+                    "of model or teacher have diverged, or their dtype is too narrow (load them in "
+                    "float32 or bfloat16)"
                 )
         super().add(columns)
 
@@ -215,7 +215,7 @@ class _Writer:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def write(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows with input_ids and labels, whose targets are what was written."""
+        """Rows with input_ids and labels, whose targets are the generated tokens."""
         rows: list[dict[str, Any]] = []
         at = 0
         for room, group in groupby(prompts, key=self._room):
@@ -248,14 +248,14 @@ class _Writer:
 
 
 def _check(pair: Pair) -> None:
-    """InputError for a model that cannot be let write here."""
+    """InputError for a model that cannot generate here."""
     if not isinstance(pair.task, CausalLM):
         raise InputError(
             f"the model is for {pair.task.name}, but only a causal language model continues "
-            "prompts: let an encoder-decoder write by evaluate_student(generate=...)"
+            "prompts: for an encoder-decoder use evaluate_student(generate=...)"
         )
     if pair.together:
         raise InputError(
-            "the model is in shards over all processes, which would have to write together: "
+            "the model is sharded over the processes, which would have to generate together: "
             "evaluate it on one process"
         )

@@ -22,12 +22,11 @@ from hf_distill.teachers.placement import placed_by_itself
 
 @dataclass(frozen=True)
 class Outputs:
-    """What student and teacher predict in a batch.
+    """The outputs of student and teacher on a batch.
 
     batch: as the collator made it, without weights
     labels: (rows, positions), an outcome at each target, `IGNORE` elsewhere
-    labelled: (targets,) bool, False where a target has no label; `labels` then holds an outcome
-        that means nothing
+    labelled: (targets,) bool, False where a target has no label; `labels` then holds a placeholder
     student, teacher: (targets, outcomes) logits, row after row; the same object where the student
         is its own teacher; None without a teacher
     """
@@ -85,8 +84,8 @@ class Pair:
         """Run both on a batch.
 
         A model that is its own teacher is run once, so that it agrees with itself exactly.
-        theirs: the teacher's logits in this batch where they are known from another pair; the
-            teacher is not run again
+        theirs: the teacher's logits on this batch, if another pair has computed them; the teacher
+            then does not run again
         raises: InputError for a batch without labels, or with one that is none of the outcomes
         """
         if not self.task.has_labels(batch):
@@ -99,7 +98,7 @@ class Pair:
         self.task.check(batch, self.task.targets(batch), self.student.outcomes)
         if self.task.aligned or self.task.fused:
             asked = labels
-        else:  # a question and a row to classify are asked, whether or not they have a label
+        else:  # questions and rows to classify are targets with or without a label
             asked = labels.masked_fill(labels == IGNORE, 0)
         targets = targets_of(asked, self.task.weights(batch))
         labelled = targets.select(labels != IGNORE)
@@ -122,7 +121,7 @@ class Pair:
         signal = self.teacher.signal(inputs, targets)
         if isinstance(signal, Sampled | TopK):
             raise InputError(
-                f"the teacher {self.teacher.name!r} gives only some ids of its distributions, but "
-                "these figures compare whole distributions: evaluate with a live teacher"
+                f"the teacher {self.teacher.name!r} returns only some ids of its distributions, "
+                "but these figures compare whole distributions: evaluate with a live teacher"
             )
         return ours, signal.logits.to(ours.device)

@@ -1,4 +1,4 @@
-"""Measure what a model costs: parameters, size, speed, memory."""
+"""Measure a model's cost: parameters, size, speed, memory."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def costs(
 def peak_memory_mb(model: Any, tokens: int = PROMPT_TOKENS + NEW_TOKENS) -> float:
     """The peak memory of tensors during prefill and decoding, in MB (10^6 bytes).
 
-    It is the model's own weights and buffers, plus the most that prefill and decoding hold on top
-    of them (activations, cache, logits). Other models on the device do not count.
+    The peak is the model's weights and buffers, plus the most that prefill and decoding allocate
+    (activations, cache, logits). Other models on the device do not count.
 
     On CUDA the allocator reports it. Elsewhere the results of all operations are counted while they
-    exist, since the resident memory of a process includes leftovers of earlier work and changes
-    from run to run. Nearly all tokens are prompt, since decoding adds only the cache to the peak.
+    exist. The resident memory of the process is not used: it includes earlier work and changes from
+    run to run. Nearly all tokens are prompt tokens, since decoding adds only the cache to the peak.
     """
     few = min(4, tokens - 1)
     prompt = random_prompt(model, tokens - few)

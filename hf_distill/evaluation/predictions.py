@@ -1,4 +1,4 @@
-"""The predictions of a model in words, and the rows that are worth showing."""
+"""The predictions of a model as text, and the choice of rows to show."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts for some rows, beside what it should predict.
+    """The predictions of a model for some rows, with the references.
 
-    texts, references: of each row, in words
-    scores: of each row, 1 where the prediction is right and less where it is not; NaN without a
-        reference
+    texts, references: of each row, as text
+    scores: of each row, 1 for a right prediction, less for others; NaN without a reference
     """
 
     texts: list[str]

@@ -1,7 +1,7 @@
 """The contribution of each row to the metrics, as sums and counts over its targets.
 
-Rows are the unit because a row gives the same sums whatever the batch size, the padding and the
-number of processes, and because a row that was repeated to fill the last batch can be dropped.
+Rows are the unit, because the sums of a row do not depend on batch size, padding or the number of
+processes, and because a row that was repeated to fill the last batch can be dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BINS = 15
 OF_LABELS = ("nll", "count", "confidence", "correct")  # values of targets that have a label
 
 CHUNK_ELEMENTS = 2**22
-"""Logits looked at together, so that no float32 copy of a whole batch is ever made."""
+"""Number of logits processed at a time, which avoids a float32 copy of a whole batch."""
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def _check(student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int)
     if largest >= student.shape[-1]:
         raise InputError(
             f"a label is the token id {largest}, but the model predicts only "
-            f"{student.shape[-1]} ids: use the tokenizer that it was made for"
+            f"{student.shape[-1]} ids: use the model's own tokenizer"
         )
 
 

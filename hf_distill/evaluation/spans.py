@@ -21,7 +21,7 @@ def best_spans(
     logits: (rows, 2, positions), of start and end
     allowed: (rows, positions) bool, where an answer may be
     no_answer: (rows,) int64, the position that stands for no answer
-    max_tokens: of an answer, at most. Every span up to this length is looked at
+    max_tokens: most tokens of an answer. All spans up to this length are considered
     returns: (rows,) `start` and `end`, int64, -1 where no position is allowed; `span_score`, the
         sum of both logits, and `no_answer_score`
     """
@@ -56,8 +56,8 @@ def answers(
     question_of: the index of each window's question
     offsets_of: the characters of a window's tokens, see `tokenize_questions`
     contexts: of the questions
-    may_be_none: whether a question may have no answer, as in SQuAD 2.0. It has none where that is
-        likelier, in the window in which it is the least likely, than the best span
+    may_be_none: whether a question may have no answer, as in SQuAD 2.0. The answer is then "" if
+        the smallest no-answer score of the windows is above the score of the best span
     """
     best: dict[int, tuple[float, int]] = {}
     nothing: dict[int, float] = {}

@@ -1,7 +1,7 @@
 """Time several models fairly: one after the other in each round, several rounds, medians.
 
-When something else runs on the machine for a while, it slows all models down in the same rounds,
-and the spread of the rounds tells of it.
+If other work runs on the machine for a while, it slows all models in the same rounds, and the
+spread of the rounds shows it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Rates = dict[str, float]
 def in_turn(
     works: Mapping[str, Callable[[], Rates]], rounds: int = ROUNDS, budget_s: float = BUDGET_S
 ) -> dict[str, Rates]:
-    """Call each of some works once a round.
+    """Call each function once per round.
 
     works: by name; each returns what it has measured, by key
     returns: by name, the median of each key over the rounds, and where there were several, under
@@ -67,7 +67,7 @@ def _summary(rounds: list[Rates]) -> Rates:
 def writing(
     model: Any, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS
 ) -> tuple[Callable[[], Rates], int]:
-    """A round of a model that writes, warmed up, and the tokens that it reads and writes.
+    """The timing of a model that generates text, after a warm-up, and its number of tokens.
 
     The prompt is random ids, since the text makes no difference. Both lengths are cut to the
     model's positions. A round measures `prefill_tokens_per_s` (prompt tokens read, cache filled)
@@ -95,7 +95,7 @@ def writing(
 def reading(
     model: Any, tokens: int = PROMPT_TOKENS, examples: int = EXAMPLES
 ) -> tuple[Callable[[], Rates], Callable[[], None]]:
-    """A round of a model that reads, and writes nothing, warmed up; and one forward of it.
+    """The timing of a model that does not generate text, after a warm-up; and one forward of it.
 
     tokens: of each example, cut to the model's positions; examples: read together
     A round measures `examples_per_s`.
@@ -122,9 +122,9 @@ def random_prompt(model: Any, tokens: int, rows: int = 1) -> Tensor:
 
 
 def generate(model: Any, prompt: Tensor, new_tokens: int, *, exactly: bool = True) -> Tensor:
-    """Write tokens after one prompt, greedily, with the cache; the prompt and what follows.
+    """Generate tokens after one prompt, greedily, with the cache; returns prompt and new tokens.
 
-    exactly: so many, also after the end of the text; else at most
+    exactly: generate this many, also after the end of the text; otherwise at most this many
     """
     written: Tensor = model.generate(
         input_ids=prompt,

@@ -1,7 +1,7 @@
-"""What is measured for each task: columns by row from the outputs, then figures from all rows.
+"""The measures of each task: columns by row from the outputs, then figures from all rows.
 
-Rows are gathered over processes before they are added, so that no figure depends on the batch size
-or on the number of processes.
+Rows are gathered over processes before they are added, so no figure depends on the batch size or
+the number of processes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Measure(ABC):
 
     @abstractmethod
     def columns(self, outputs: Outputs) -> dict[str, Tensor]:
-        """What is to be kept of a batch, (rows, ...) each."""
+        """The columns to keep of a batch, (rows, ...) each."""
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
@@ -279,8 +279,8 @@ class Answers(Measure):
         missing = [name for name in ("row", "offsets", ANSWER_MASK) if name not in names]
         if missing:
             raise InputError(
-                f"the windows have no {', '.join(missing)}, so that answers cannot be found in "
-                "their contexts: make them by hf_distill.data.tokenize_questions"
+                f"the windows have no {', '.join(missing)}, so answers cannot be found in their "
+                "contexts: make them with hf_distill.data.tokenize_questions"
             )
         rows = questions if isinstance(questions, Dataset) else Dataset.from_list(list(questions))
         self._questions, self._windows = read_questions(rows), windows
@@ -338,7 +338,7 @@ def _each(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 class Evaluation(dict[str, float]):
-    """The figures of a model, by name, and what it predicts for each row."""
+    """The figures of a model, by name, and its predictions for each row."""
 
     def __init__(self, figures: Mapping[str, float], measures: Sequence[Measure] = ()) -> None:
         super().__init__(figures)
@@ -346,10 +346,10 @@ class Evaluation(dict[str, float]):
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """What the model predicts for each row (of windows, for each question).
+        """The predictions for each row (for windows, for each question).
 
-        None for causal language modelling, for an encoder-decoder that was not told to `generate`,
-        and for question answering without `references`.
+        None for causal language modelling, for an encoder-decoder without `generate`, and for
+        question answering without `references`.
         """
         found = (measure.predictions() for measure in self._measures)
         return next((one for one in found if one is not None), None)

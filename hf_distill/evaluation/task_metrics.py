@@ -31,7 +31,9 @@ class Classification(PairMetric):
         said, true = np.asarray(predictions), np.asarray(references)
         said, true = said[true != IGNORE], true[true != IGNORE]
         if not len(true):
-            raise InputError("every reference is -100, so there is nothing to measure")
+            raise InputError(
+                "every reference is -100, so there is nothing to measure: give labelled rows"
+            )
         return {"accuracy": float((said == true).mean()), "macro_f1": _macro_f1(said, true)}
 
 
@@ -60,8 +62,8 @@ class Entities(PairMetric):
     """`entity_precision`, `entity_recall` and `entity_f1` over the entities of all rows, 0 to 1.
 
     predictions, references: a list of tags a row, "O", "B-PER", "I-PER", ... An entity is right
-    where its kind, its first and its last token are. An I without an entity of its kind before it
-    begins one, as in the evaluation script of CoNLL. All are 0 where nothing is found rightly.
+    if its kind, its first and its last token are right. An I without an entity of its kind before
+    it begins one, as in CoNLL's evaluation script. All three are 0 if no entity is right.
     Source: Tjong Kim Sang and De Meulder, CoNLL-2003.
     """
 

@@ -1,4 +1,4 @@
-"""Let an encoder-decoder write its targets, and compare them with the references."""
+"""Generate the targets of an encoder-decoder, and compare them with the references."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hf_distill.models.generation import Generator
 
 
 class Texts(Measure):
-    """The text that a model writes for each row, and the text that it should be.
+    """The generated text and the reference text of each row.
 
     model: an encoder-decoder, in eval mode
-    settings: keywords of `generate`, above the model's generation config. A text that is drawn
+    settings: keywords of `generate`, which override the model's generation config. A sampled text
         (`do_sample`) depends on its source only
-    references: a text for each row, or a list of equally good ones; by default what the labels
-        spell, without special tokens
+    references: a text for each row, or a list of equally good ones; by default the decoded labels,
+        without special tokens
     """
 
     widths_differ: ClassVar[frozenset[str]] = frozenset({"written", "labels"})

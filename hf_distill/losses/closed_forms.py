@@ -46,7 +46,7 @@ def value_and_slope(
     p: Tensor,
     new: New = torch.empty_like,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence of each target, (n,), and s, (n, ids).
+    """The divergence of each target, (n,), and its slope s, (n, ids).
 
     A divergence without a closed form, such as a user's own, is differentiated by autograd.
 

@@ -1,8 +1,8 @@
-"""Losses between the inner states of student and teacher, as sums over the positions of each row.
+"""Losses between internal states of student and teacher, as sums over the positions of each row.
 
 Every function takes states of the same rows and positions and a mask, (rows, positions), True where
-a position counts, and returns (rows,) sums, in float64 where the device has it. What the mask
-leaves out has no effect, neither on a value nor on a gradient.
+a position counts. It returns (rows,) sums, in float64 if the device has it. Positions outside the
+mask affect neither values nor gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Source: MiniLM, arXiv:2002.10957, equation 6.
     """
     student, teacher = _exact(student), _exact(teacher)
-    # Where a position may not look, both are zero.
+    # At masked positions both maps are zero.
     smallest = torch.finfo(student.dtype).tiny
     log_ratio = teacher.clamp(min=smallest).log() - student.clamp(min=smallest).log()
     return _sum_by_row((teacher * log_ratio).sum(-1).mean(1), mask)

@@ -52,13 +52,13 @@ def fused_loss(
 
     hidden: (targets, width), the student's; labels: (targets,) int64, none of them ignored
     scale: 0-dim, usually one over the number of targets in the step
-    memory_mb: memory for the logits of both models at a time; by default
-        `default_memory`, on an accelerator that of 2,048 targets
-    returns: a 0-dim loss that can be differentiated once, by hidden, head.weight and head.bias;
-        and without gradient, (targets,) each, `ce` and with a signal `divergence`. Where gradients
-        are off, also `teacher_ce` and `top1_agreement` (see `kernels.torch.values`)
-    raises: RuntimeError at a second backward, since the gradients are made in forward and handed
-        over in the first
+    memory_mb: memory for the logits of both models at a time; by default `default_memory`, on an
+        accelerator enough for 2,048 targets
+    returns: a 0-dim loss that can be differentiated once, with respect to hidden, head.weight and
+        head.bias; and without gradient, (targets,) each, `ce` and with a signal `divergence`. If
+        gradients are off, also `teacher_ce` and `top1_agreement` (see `kernels.torch.values`)
+    raises: RuntimeError at a second backward, since the gradients are computed in forward and
+        released by the first backward
     """
     dtype = product_dtype(hidden)
     work = _Pass(head, labels, signal, weights, scale, memory_mb, dtype)
@@ -71,7 +71,7 @@ def fused_loss(
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would multiply these states here and now."""
+    """The dtype in which a linear layer would multiply these states in the current autocast."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -79,14 +79,14 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 def default_memory(head: LinearHead) -> float:
     """Bytes for the logits of a chunk on a CPU: 136 MB, or more where the head is large.
 
-    Each chunk reads and writes the head's gradient once, which has to cost little beside its
+    Each chunk reads and writes the head's gradient once, which must be cheap compared with its
     products: chunks of 110 targets at 152k ids took a third longer than the products alone.
     """
     return max(LEAST_MEMORY, 0.75 * 4 * head.weight.numel())
 
 
 class _Differentiable(torch.autograd.Function):
-    """Makes the gradients in forward and hands them over in backward."""
+    """Computes the gradients in forward and returns them in backward."""
 
     @staticmethod
     def forward(
@@ -101,8 +101,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if ctx.gradients is None:
             raise RuntimeError(
-                "second backward through the fused head, whose gradients were made in forward and "
-                "handed over in the first: compute the loss again, or set fused_head=False"
+                "second backward through the fused head, whose gradients were released by the "
+                "first: compute the loss again, or set fused_head=False"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # On a CPU, reading the factor costs nothing and saves a pass over the gradient if it is 1.
@@ -192,7 +192,7 @@ class _Pass:
         return self._loss(), (d_hidden, d_weight, d_bias)
 
     def _narrow(self, all_ids: bool) -> Signal | None:
-        """The signal, its head cut to the ids that the divergence looks at."""
+        """The signal, its head restricted to the ids that the divergence uses."""
         signal = self.signal
         if not isinstance(signal, Hidden):
             return signal

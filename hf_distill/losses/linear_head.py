@@ -1,4 +1,4 @@
-"""A linear output head as weight and bias, and what its model does to the logits afterwards."""
+"""A linear output head as weight and bias, and the model's transform of its logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IDS_PER_SLICE = 512
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the product of its head.
+    """The transform from the product of a model's head to its logits.
 
     scale: multiplies it (Cohere's logit_scale, 1 / Granite's logits_scaling)
     cap: c in c * tanh(logits / c), Gemma's final soft-capping

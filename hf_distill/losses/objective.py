@@ -8,11 +8,11 @@ with p the teacher, q the student, and x^T = softmax(logits / T) in float32. Thi
 sums of one micro-batch. The trainer divides them by counts of the whole step, which makes the
 gradient independent of how a batch is split.
 
-With weights for each target, a_t and b_t, the bracket becomes
+With weights a_t and b_t for each target, the bracket becomes
 N/N_a * (1 - alpha) * a_t * CE_t + N/N_b * alpha * T^2 * b_t * D_t, where N_a and N_b count the
 targets whose weight is not zero. With weights that are nowhere zero, N_a = N_b = N.
 
-Source: Hinton et al., arXiv:1503.02531, for the T^2 that keeps the gradient's size.
+Source: Hinton et al., arXiv:1503.02531, for the factor T^2, which preserves the gradient's scale.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class ObjectiveValue:
 
 @dataclass(frozen=True)
 class Term:
-    """An additional term w * F / M of the objective.
+    """An additional term w * F / M of the objective, with the weight w.
 
-    row_sums: (rows,), what each row contributes to F; rows, so that evaluation can drop duplicates
-    denominator: the count M that makes it a mean: "targets", "attended" or "rows"
+    row_sums: (rows,), the contribution of each row to F. By row, so that evaluation can drop
+        repeated rows
+    denominator: the count M to divide by: "targets", "attended" (positions) or "rows"
     """
 
     row_sums: Tensor
@@ -62,9 +63,9 @@ class Objective:
     """The weights of cross-entropy and divergence, and the divergence itself.
 
     name: the divergence's name in logs
-    shared_vocabulary: the first so many ids mean the same to student and teacher. The divergence
-        runs over them; the cross-entropy runs over all of the student's ids, since the logits of
-        ids without a token would otherwise stay free and generation would draw them
+    shared_vocabulary: number of ids, from 0 on, that are the same tokens in both models. The
+        divergence is over these. The cross-entropy is over all of the student's ids; otherwise
+        nothing would lower the logits of ids without a token, and generation would sample them
     head_memory_mb: memory for logits in the fused head, see `losses.fused_head.default_memory`
     """
 
@@ -86,7 +87,7 @@ class Objective:
         """Evaluate the objective at the targets, times `scale`.
 
         student: its logits (the plain path), or the inputs of its output head (the fused head)
-        teacher: its signal at the same targets; None where only the cross-entropy is wanted
+        teacher: its signal at the same targets; None for the cross-entropy alone
         counts: 0-dim each, the step's "targets", "ce_targets" and "divergence_targets"
         scale: 0-dim, one over the step's "targets", times the number of processes
         Where gradients are off, `teacher_ce` (over all of the teacher's ids) and `top1_agreement`
@@ -117,7 +118,7 @@ class Objective:
     def weighted(
         self, per_target: Mapping[str, Tensor], targets: Targets
     ) -> dict[str, tuple[Tensor, str]]:
-        """Values times their weights, (targets,) each, with the name of what divides their sum."""
+        """Values times their weights, (targets,) each, with the name of their denominator."""
         found = {}
         for name, values in per_target.items():
             of_labels = name in ("ce", "teacher_ce")
@@ -130,7 +131,7 @@ class Objective:
 def plain_loss(
     logits: Tensor, labels: Tensor, teacher: Signal | None, weights: Weights
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted loss and its values from whole logits: the readable reference.
+    """Return the weighted loss and its values from whole logits: the reference implementation.
 
     logits: (targets, student's ids); labels: (targets,)
     returns: as `losses.fused_head.fused_loss`, with a scale of 1
@@ -163,8 +164,9 @@ def squared_error(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`plain_loss` for numbers: means of normal distributions with variance 1/2.
 
-    Their cross-entropy with a label is the squared error, up to a constant. Both KLs between two
-    of them, with means divided by T and the result multiplied by T^2, are it for every T.
+    Their cross-entropy with a label is the squared error up to a constant. Both KLs between two of
+    them, with means divided by T and the result multiplied by T^2, are the squared difference for
+    every T.
 
     predicted: (targets, 1); labels: (targets,); teacher: its numbers as `Logits`
     """

@@ -1,4 +1,4 @@
-"""The objective over targets that are judged apart, each part by its own signal and divergence."""
+"""The objective over parts of the targets, each with its own signal and divergence."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Part:
     places: (n,) int64, their places among the batch's targets
     signal: the teacher's at these targets; objective: with the divergence to minimise here
     denominator: the count, among those of the step, by which the logged divergence is divided
-    draws: for labels that were drawn, what the loss makes of it
-    everywhere: the signal's head is in shards, so that all processes evaluate the part at once,
-        also those that have no target in it
+    draws: how the loss uses labels that were sampled, if they were
+    everywhere: the signal's head is sharded, so all processes evaluate the part at once, also
+        those without a target in it
     """
 
     places: Tensor
@@ -38,7 +38,7 @@ class Part:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What its losses are called in the log."""
+        """The names of its losses in the log."""
         returns = self.draws is not None and self.draws.returns
         return (self.objective.name, *((RETURNS,) if returns else ()))
 

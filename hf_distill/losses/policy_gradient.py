@@ -1,4 +1,4 @@
-"""Losses of tokens that were drawn: what a token's log-probability costs or earns.
+"""Policy-gradient losses on sampled tokens.
 
 p and q are teacher and student. A signal of this module is a `Sampled` of one id a target, whose
 gradient is that of -A log q(y) with a constant A, and whose value is -A.
@@ -18,11 +18,11 @@ from hf_distill.losses.targets import Targets, accumulator
 
 @dataclass(frozen=True)
 class Draws:
-    """What the loss of some targets makes of the fact that their labels were drawn.
+    """How the loss of some targets uses that their labels were sampled.
 
-    token: only the drawn tokens are judged, each by its advantage log p(y) - log q(y)
-    returns: a token also answers for those after it (MiniLLM, arXiv:2306.08543)
-    teacher_mix: the share of p in the distribution they were drawn from, 0 to below 1
+    token: the loss uses the sampled tokens only, each with its advantage log p(y) - log q(y)
+    returns: add the loss of whole texts, by the return after each token (MiniLLM, arXiv:2306.08543)
+    teacher_mix: the share of p in the distribution that labels were sampled from, 0 to below 1
     """
 
     token: bool = False

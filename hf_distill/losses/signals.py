@@ -1,4 +1,4 @@
-"""Signals: what a model's output distributions are known by, at the targets of a batch.
+"""Signals: the forms in which a model's output distributions are given, at the targets of a batch.
 
 A teacher returns one of four signals; the objective accepts all of them. `Logits` and `Hidden` are
 also the two forms in which a student's own outputs reach the objective.
@@ -31,7 +31,7 @@ class Hidden:
     """The inputs of an output head, and the head.
 
     states: (targets, width), on the device where the product is to be computed, in its dtype
-    gather: a context in which a head's weight is whole, where an engine keeps it in shards
+    gather: a context in which a sharded head has its whole weight
     """
 
     states: Tensor

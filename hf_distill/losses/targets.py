@@ -63,7 +63,7 @@ def index_of(labels: Tensor) -> Tensor:
     """The places of the targets in the flattened labels, (targets,) int64, ascending.
 
     labels: (rows, positions) int64, the label that each position predicts or `IGNORE`
-    Their number is the shape of the result, so that an accelerator is waited for.
+    On an accelerator the host waits for the device, since the number of targets is a shape.
     """
     return (labels.flatten() != IGNORE).nonzero()[:, 0]
 
@@ -93,8 +93,8 @@ def shifted_labels(batch: Mapping[str, Any]) -> Tensor:
     batch: `labels` (rows, positions), which are moved one to the left, or `shift_labels` that the
         collator has aligned already; `attention_mask` (rows, positions) if there is padding
     returns: (rows, positions) int64, `IGNORE` where nothing is predicted. A target and the
-        position that predicts it are both attended: padding predicts nothing, not even in a
-        left-padded row, and is not predicted, whatever its label
+        position that predicts it are both attended: padding neither predicts nor is predicted,
+        regardless of its label, also in left-padded rows
     """
     if batch.get("shift_labels") is not None:
         return batch["shift_labels"]

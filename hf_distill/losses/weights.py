@@ -1,4 +1,4 @@
-"""How much cross-entropy and divergence count, for all targets or for each."""
+"""The weights of cross-entropy and divergence, for all targets or for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Weights:
     """The contribution of a target: ce * CE + divergence * temperature^2 * D(p^T, q^T).
 
     ce, divergence: one number for all targets, or (targets, 1), one for each
-    function: D, which runs over the first `shared` ids; CE runs over all ids of the student
+    function: D, over the first `shared` ids; CE is over all ids of the student
     """
 
     ce: float | Tensor

@@ -22,7 +22,7 @@ def assembled(
     student = type(teacher).from_pretrained(
         None, config=config, state_dict=copies, dtype=teacher.dtype
     )
-    student.name_or_path = student.config.name_or_path = ""  # it is on no disk and no Hub yet
+    student.name_or_path = student.config.name_or_path = ""  # it is not saved anywhere yet
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(teacher.device)  # type: ignore[arg-type]  # its decorator hides self

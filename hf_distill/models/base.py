@@ -8,5 +8,5 @@ from transformers import PreTrainedModel
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The model that a `peft` adapter stands on; the model itself where there is no adapter."""
+    """The base model of a `peft` adapter; the model itself if there is no adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

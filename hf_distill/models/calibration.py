@@ -52,7 +52,7 @@ def calibration_rows(
     if rows is None:
         raise InputError("the teacher's layers and units are measured on rows of text: give rows")
     if isinstance(rows, str):
-        raise InputError("rows is one text, but should be a list of rows: give a few hundred")
+        raise InputError("rows is one text, but must be a list: give a few hundred rows")
     runner = ModelRunner(model, "teacher", outcomes=0, fused=False)
     found = [_calibration_row(runner, _tokenized(row, tokenizer, model)) for row in rows]
     if not found:
@@ -83,7 +83,7 @@ def run(model: PreTrainedModel, rows: Iterable[CalibrationRow]) -> float | None:
 
 
 class BlockInfluence:
-    """Measures how far each layer turns its hidden states, while a model runs on rows.
+    """Measures how much each layer changes the direction of its hidden states on some rows.
 
     The block influence of a layer is 1 - mean cosine(hidden state in, hidden state out), over all
     positions of all rows. Source: ShortGPT, arXiv:2403.03853.

@@ -24,8 +24,7 @@ def plain_accelerator(mixed_precision: str | None = None) -> Accelerator:
     """An accelerator for work without an optimizer, over the processes of this launch.
 
     Gradient accumulation is set to one step, since the launcher may have set it to "auto", which
-    only a Trainer understands. `cpu` has to be set, or several processes on CPUs do not
-    find each other.
+    only a Trainer understands. Without `cpu`, several processes on CPUs do not form a group.
     """
     once = GradientAccumulationPlugin(num_steps=1)
     cpu = (
@@ -36,7 +35,7 @@ def plain_accelerator(mixed_precision: str | None = None) -> Accelerator:
 
 @contextmanager
 def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
-    """The user's accelerator, or one for this work that leaves no state for a later Trainer."""
+    """The user's accelerator, or a temporary one whose state is reset for a later Trainer."""
     if given is not None:
         yield given
         return
@@ -50,16 +49,16 @@ def one_accelerator(given: Accelerator | None) -> Iterator[Accelerator]:
 
 
 def compiles_in_one_graph(accelerator: Accelerator) -> bool:
-    """Whether models are compiled with `fullgraph`, which fails at a head that is replaced."""
+    """Whether models are compiled with `fullgraph`, which fails at a replaced head."""
     plugin = accelerator.state.dynamo_plugin
     return plugin.backend != DynamoBackend.NO and plugin.fullgraph
 
 
 def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A frozen model as accelerate's dynamo plugin would compile a trained one; itself without it.
+    """Compile a frozen model by accelerate's dynamo settings; without these, return the model.
 
-    The model is not changed, and shares its weights with what is returned. `fullgraph` is left
-    out, since a graph ends before an output head that is replaced.
+    The model is not changed, and shares its weights with the compiled one. `fullgraph` is left out,
+    since the graph ends before a replaced output head.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
@@ -74,8 +73,8 @@ def compiled(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 def keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from packing the 4-bit weights of a trained model on a CPU.
 
-    On a CPU with AVX512-BF16 it does so for good in the first forward without gradients in
-    evaluation mode. No gradient passes through the packed product afterwards.
+    On a CPU with AVX512-BF16, the first forward without gradients in evaluation mode packs them
+    permanently. No gradient passes through the packed product afterwards.
     """
     layers: Iterator[Any] = model.modules()
     for module in layers:
@@ -88,8 +87,8 @@ def made_whole() -> Iterator[None]:
     """A context in which models are made or loaded whole on this process.
 
     Once DeepSpeed's ZeRO-3 is set up, transformers partitions every new model over the processes. A
-    model for one process, or for another engine, would be incomplete. Under FSDP it may expect that
-    weights are sent by the first process, which is done for the trained model only.
+    model for one process, or for another engine, would be incomplete. Under FSDP, transformers may
+    leave weights to be sent by the first process, which happens for the trained model only.
     """
     reference: Any = zero._hf_deepspeed_config_weak_ref
     kept = reference() if zero.is_deepspeed_zero3_enabled() else None

@@ -105,12 +105,12 @@ def model_from_config(
     max_length: int | None = None,
     task: str = "causal-lm",
 ) -> PreTrainedModel:
-    """A model with random weights, its vocabulary that of the tokenizer.
+    """A model with random weights and the tokenizer's vocabulary.
 
-    config: ``model_type`` (any that transformers has a model of the task for) and that model's
-        own settings, under its own names or the common ones (``n_layer``, ``num_hidden_layers``).
-        The vocabulary's size and the ids of special tokens come from the tokenizer.
-    seed: the same seed gives the same weights; the global random state is not touched
+    config: ``model_type`` (any for which transformers has a model of the task) and that model's
+        settings, under its own names or the common ones (``n_layer``, ``num_hidden_layers``).
+        The vocabulary's size and the ids of special tokens come from the tokenizer
+    seed: the same seed gives the same weights; the global random state does not change
     max_length: the longest row that the model must take, in positions
     task: its key
     raises: InputError for an unknown model type or setting (naming the nearest), for a value that

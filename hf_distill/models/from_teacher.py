@@ -1,8 +1,8 @@
 """A smaller student made of a teacher's layers and units.
 
-One mechanism serves every architecture; none is known by name. The layers are found as the
-``nn.ModuleList``s whose length the config states (`models.shorter_config`), and their weights are
-carried over by index (`models.layer_origins`). Their widths are cut in `models.widths`.
+There is no list of architectures. The layers are the ``nn.ModuleList``s whose length the config
+states (`models.shorter_config`). Their weights are copied by index (`models.layer_origins`). Widths
+are cut in `models.widths`.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ def student_from_teacher(
     """A new model of the teacher's class with copies of some of its layers and units.
 
     teacher: a loaded transformers model of any task, or the id or folder of a causal one
-    layers: which layers to take; by default all where a width is given, otherwise "every_other"
+    layers: the layers to copy; by default all if a width is given, otherwise "every_other"
         "every_other": layers 0, 2, 4, ...
-        "first_and_last": ``num_layers`` layers, evenly spaced, the first and the last among them;
-            by default half of them, which is how DistilBERT and DistilGPT2 were initialised
+        "first_and_last": ``num_layers`` evenly spaced layers that include the first and the last;
+            by default half of them, as DistilBERT and DistilGPT2 were initialised
             (0, 2, 4, 7, 9, 11 of 12)
         "influence": the ``num_layers`` layers (by default half of them) with the largest block
             influence on ``rows``: 1 - mean cosine(hidden state in, hidden state out)
         a list of layer indices, ascending
-        for an encoder-decoder, one of these for both, or {"encoder": ..., "decoder": ...}, where
-            the side that is not named is kept whole
+        for an encoder-decoder, one of these for both, or {"encoder": ..., "decoder": ...}; a side
+            that is not named is kept whole
     ffn, heads, hidden: neurons of each feed-forward network, attention heads of each layer and
         features of the hidden states to keep, as a number or as a share of the teacher's. The most
-        active ones on ``rows`` stay (`models.widths`), heads in whole groups that share a key.
-        Where the size of a head is hidden / heads (GPT-2, BERT, BART), both are cut together
+        active ones on ``rows`` are kept (`models.widths`), heads by whole groups that share a key.
+        If the size of a head is hidden / heads (GPT-2, BERT, BART), reduce both in proportion
     rows: a few hundred rows of the data that the student is for. Each is a text, or has
         ``input_ids`` and perhaps ``attention_mask`` and ``labels``. All of them are used, one at a
         time, forward only
     tokenizer: for rows that are texts
     returns: a model in evaluation mode on the teacher's device, in its dtype, with its generation
         config, its weights tied as the teacher's are; no memory is shared with the teacher
-    raises: InputError if the selection does not fit the teacher, if a layer would not compute in
-        its new place what it computed in the teacher, or if a weight cannot be cut to a width
+    raises: InputError if the selection does not fit the teacher, if a layer would compute something
+        else at its new index, or if a weight cannot be cut to a width
     """
     student, report = student_and_report(
         teacher,
@@ -102,9 +102,9 @@ def student_and_report(
     rows: Iterable[Row] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, StudentReport]:
-    """`student_from_teacher`, with a report of what was removed and how good the rest is.
+    """`student_from_teacher`, with a report of the removed parts and the student's perplexity.
 
-    The report has perplexities if there are ``rows`` and the teacher writes text.
+    The report has perplexities if there are ``rows`` and the teacher is a language model.
     """
     if not isinstance(teacher, PreTrainedModel):
         teacher = load_model(_name(teacher), "teacher")
@@ -171,7 +171,7 @@ def _alternatives(whole: PreTrainedModel, chosen: Mapping[Stack, list[int]]) -> 
                 break
     if working:
         return f"layers={' or layers='.join(working)} would work"
-    return "choose layers whose kinds repeat as the teacher's do, or another number of them"
+    return "choose layers whose kinds alternate as the teacher's do, or another number of layers"
 
 
 def _name(teacher: object) -> str | Path:

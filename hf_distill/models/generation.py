@@ -1,4 +1,4 @@
-"""Let a model write: greedily, with beams, or drawn by a seed for each text; with its scores."""
+"""Generate and score text: greedy search, beam search, or sampling with a seed for each text."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hf_distill.models.mixture import Mixture
 from hf_distill.models.positions import position_limit
 from hf_distill.models.runner import ModelRunner
 
-NEW_TOKENS = 256  # where neither the user nor the model's generation config sets a length
+NEW_TOKENS = 256  # if neither the user nor the model's generation config sets a length
 CHUNK_BYTES = 2**27  # memory for the logits of one chunk of scored tokens
 
-# The model's distribution as it is, whatever its generation config says.
+# Settings for the model's unchanged distribution, in place of its generation config.
 PLAIN: Mapping[str, Any] = {
     "num_beams": 1,
     "do_sample": False,
@@ -52,7 +52,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Written:
-    """A text that a model has written.
+    """A generated text.
 
     ids: the new tokens, with the end-of-text token if there is one
     log_prob: the sum of their log-probabilities, in nats, in the model's own distribution at
@@ -67,12 +67,13 @@ class Written:
 
 
 class Generator:
-    """Writes n texts for each prompt.
+    """Generates n texts for each prompt.
 
     model: causal or encoder-decoder, in eval mode
-    settings: keywords of `generate`, above the model's generation config
-    n: texts a prompt: the best beams, or draws
-    mixture: a second model with a share in every drawn token; not for an encoder-decoder
+    settings: keywords of `generate`, which override the model's generation config
+    n: texts per prompt: the best beams, or samples
+    mixture: a second model, mixed into the distribution of every sampled token; not for an
+        encoder-decoder
     raises: InputError for settings that are unknown or do not fit each other
     """
 
@@ -100,7 +101,7 @@ class Generator:
 
     @property
     def draws(self) -> bool:
-        """Whether texts are drawn, so that they depend on the seeds."""
+        """Whether texts are sampled and so depend on the seeds."""
         return bool(self.config.do_sample)
 
     @property
@@ -128,8 +129,8 @@ class Generator:
     ) -> list[tuple[list[int], bool]]:
         """n texts for each prompt: the new ids, and whether the text has ended.
 
-        prompts: ids; seeds: for each prompt one number for each text, used where texts are drawn.
-        A drawn text depends on its prompt and seed only, up to the rounding of a batch of another
+        prompts: ids; seeds: for each prompt one number for each text, used if texts are sampled.
+        A sampled text depends on its prompt and seed only, up to the rounding of batches of another
         shape.
         """
         return self._generate(prompts, seeds)[0]
@@ -173,10 +174,10 @@ class Generator:
     def _drawing(
         self, seeds: Sequence[int], mask: Tensor
     ) -> tuple[GenerationConfig, LogitsProcessorList]:
-        """The settings by which `generate` takes the likeliest token, after one was drawn.
+        """Settings for sampling by a logits processor; `generate` then decodes greedily.
 
-        `generate` draws a whole batch from one generator, so that a text would depend on the
-        others.
+        `generate` itself samples a whole batch from one random generator, so that a text would
+        depend on the other texts.
         """
         config = copy.deepcopy(self.config)
         config.do_sample = False
@@ -249,13 +250,13 @@ class Generator:
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token for each row from the row's own generator and leaves it alone possible."""
+    """Samples a token for each row from the row's own generator and excludes all others."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # float64: in float32 a sum over 50k ids leaves some of them an empty interval.
+        # float64: in a float32 cumulative sum over 50k ids, some ids have an empty interval.
         sums = scores.float().softmax(-1).double().cumsum(-1)
         draws = [torch.rand(1, generator=one, dtype=torch.float64) for one in self.generators]
         at = torch.stack(draws).to(scores.device) * sums[:, -1:]
@@ -300,7 +301,7 @@ def _config(model: PreTrainedModel, settings: Mapping[str, Any], n: int) -> Gene
     except ValueError as error:
         raise InputError(_unfit(error)) from error
     if not model.config.is_encoder_decoder:
-        # They count the padded prompt, so that a text would depend on the rows beside it.
+        # They count the padded prompt, so a text would depend on the other rows of the batch.
         for name in ("max_length", "min_length"):
             if settings.get(name) is not None:
                 new = name.replace("length", "new_tokens")
@@ -318,7 +319,7 @@ def _config(model: PreTrainedModel, settings: Mapping[str, Any], n: int) -> Gene
     if config.do_sample and beams > 1:
         raise InputError(
             f"do_sample is True and num_beams {beams}, but texts are either drawn or searched: set "
-            "one of them"
+            "only one of them"
         )
     if not config.do_sample and n > beams:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The heads that transformers puts on its models: what loads them, and which classes have them."""
+"""The heads of transformers' models: the auto classes that load them, and the model classes."""
 
 from __future__ import annotations
 

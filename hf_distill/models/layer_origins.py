@@ -1,7 +1,7 @@
-"""Where each weight of a student with fewer layers comes from.
+"""Map each weight of a student with fewer layers to a weight of its teacher.
 
-Weights are carried over by layer index. A selection is refused unless every weight of every chosen
-layer found its place and every layer still does what it did.
+Weights are copied by layer index. A selection is refused unless every weight of every chosen layer
+has a place in the student, and every layer computes what it computed in the teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_distill.models.layer_selection import Stack
 
 
 class DoesNotFit(Exception):
-    """A selection under which a layer would not be what it was, and why."""
+    """A selection under which a layer would compute something else, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def _origin(
 ) -> Origin:
     """Where a student's weight comes from.
 
-    What only the layer of that index has, whichever layers were chosen (T5 keeps the relative
-    position bias of all layers in block 0), comes from the teacher's layer of the same index. A
-    weight outside the layers may have a slice for each of them (Gemma's embeddings by layer).
+    A weight that belongs to one index (T5 keeps the relative position bias of all layers in block
+    0) comes from the teacher's layer of the same index. A weight outside the layers may have a
+    slice for each layer (Gemma's per-layer embeddings).
     """
     for stack, kept in chosen.items():
         if key.startswith(f"{stack.path}."):

@@ -1,4 +1,4 @@
-"""Which layers of a teacher a student takes."""
+"""Choose the layers of a teacher that a student copies."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def choose_layers(
         rules = dict.fromkeys(names, layers)
     if num_layers is not None and not any(rule in COUNTED for rule in rules.values()):
         raise InputError(
-            f"num_layers={num_layers} has no effect on layers={layers!r}: it belongs to "
-            f"{' and '.join(map(repr, COUNTED))}, leave it out or choose one of these"
+            f"num_layers={num_layers} has no effect on layers={layers!r}: it is for "
+            f"{' and '.join(map(repr, COUNTED))}; leave it out or choose one of these"
         )
     return {
         stack: _indices(stack, rules[stack.name], num_layers, (influence or {}).get(stack))
@@ -108,7 +108,7 @@ def _first_and_last(stack: Stack, num_layers: int | None) -> list[int]:
     count = max(2, (stack.length + 1) // 2) if num_layers is None else num_layers
     if type(count) is not int or not 2 <= count <= stack.length:
         raise InputError(
-            f"num_layers={count!r} cannot hold the first and the last of the {stack.length} layers "
+            f"num_layers={count!r} cannot include the first and last of the {stack.length} layers "
             f"of the teacher's {stack.name}: give 2 to {stack.length}, or list the layers"
         )
     return evenly_spaced(0, stack.length - 1, count)

@@ -34,12 +34,12 @@ def load_model(
     """A model with a head from a Hub id or a local folder.
 
     role: "teacher", "student", ..., for the error message
-    task: the key of a task, by default that of the class it was saved from; for none of them
-        causal language modelling
-    new_head: whether it may be given a new head for classes or answers, which it will learn; by
-        default only a student may
+    task: the key of a task; by default that of the class it was saved from, or causal language
+        modelling
+    new_head: whether it may get a new, untrained head for classes or answers; by default only a
+        student may
     kwargs: passed to ``from_pretrained`` (dtype, revision, attn_implementation, ...). The weights
-        of a ``gguf_file`` are unpacked, so that the model is an ordinary one
+        of a ``gguf_file`` are converted, so that the model is an ordinary one
     raises: InputError if it cannot be reached, or has no head of its own
     """
     check_gguf(kwargs)
@@ -88,8 +88,8 @@ def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedToke
         raise InputError(not_found(f"{role}'s tokenizer", name, error)) from error
     if not _has_tokens(tokenizer):
         raise InputError(
-            f"{role} {str(name)!r} has no tokenizer files beside it, so that no text can be read: "
-            "save the tokenizer into that folder, or name one that has it"
+            f"{role} {str(name)!r} has no tokenizer files: save the tokenizer into that folder, or "
+            "give a folder that has one"
         )
     return tokenizer
 
@@ -126,7 +126,7 @@ def check_gguf(kwargs: Mapping[str, Any]) -> None:
 
 
 def _forget_gguf(model: Any, name: str) -> None:
-    """Remove what loading from a GGUF file leaves in a config, which would be saved with students.
+    """Remove the GGUF entries from a loaded config, which would be saved with students.
 
     name: the file with its folder or id, by which `local_tokenizer` finds the tokenizer
     """

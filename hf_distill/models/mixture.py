@@ -22,11 +22,11 @@ from hf_distill.models.positions import PositionCounter
 
 @dataclass(frozen=True)
 class Mixture:
-    """A second model with a share in every token that a causal model draws.
+    """A second model, mixed into the distribution that a causal model samples from.
 
     share: its weight in the mixture, above 0 and below 1
-    outcomes: the first so many ids mean the same to both
-    active: a context in which the second model is itself (an adapter is switched)
+    outcomes: number of ids, from 0 on, that both models share
+    active: a context in which the second model has its own weights (an adapter is switched)
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Mixture:
 class _Mixed(LogitsProcessor):
     """Turns the scores of `generate` into the log-probabilities of the mixture.
 
-    The second model reads what was written, token by token, with its own cache.
+    The second model reads the generated tokens one by one, with its own cache.
     """
 
     def __init__(self, mixture: Mixture, mask: Tensor) -> None:
@@ -75,7 +75,7 @@ class _Mixed(LogitsProcessor):
         self._cache, self._read = getattr(found, "past_key_values", None), input_ids.shape[1]
         if self._cache is None:
             raise InputError(
-                "teacher_mix needs a teacher that keeps keys and values between tokens, but "
+                "teacher_mix needs a teacher with a cache of keys and values, but "
                 f"{type(base_model(self.mixture.model)).__name__} does not: set teacher_mix to 0"
             )
         return found.logits[:, -1, : self.mixture.outcomes].float()

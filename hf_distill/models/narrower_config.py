@@ -1,7 +1,7 @@
-"""The config of a narrower model, found without knowing any architecture.
+"""The config of a narrower model, for any architecture.
 
-The config's fields are found by their kind of name and by trying: a field is changed, the model is
-built without memory (meta device), and its weights show what the field decides.
+Candidate fields of the config are found by their names and tested: a field is changed, the model is
+built on the meta device, and the shapes of its weights show what the field decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Width = int | float
 
 @dataclass(frozen=True)
 class Widths:
-    """What `student_from_teacher` was asked for; None keeps a width."""
+    """The widths given to `student_from_teacher`; None keeps a width."""
 
     ffn: Width | None = None
     heads: Width | None = None
@@ -118,7 +118,7 @@ def narrower_configs(
     heads, groups, kept_groups = _set_heads(config, changes, stacks, widths.heads)
     hidden = (hidden_width(whole), hidden_width(whole))
     if widths.hidden is not None:
-        # Many configs want a multiple of the heads. A number is taken as it is.
+        # Many configs need a multiple of the heads. A given number is not rounded.
         step = 1
         if isinstance(widths.hidden, float) and heads:
             stack = next(iter(heads))
@@ -152,7 +152,7 @@ def _ffn_fields(
         try:
             setattr(other, name, probed)
             built = blueprint(type(whole), other)
-        except Exception:  # whatever it is: not a model, so not this field
+        except Exception:  # the model cannot be built with this field, so it is not the one
             continue
         axes = changed_axes(whole, built)
         sizes = {
@@ -250,6 +250,6 @@ def _hidden_field(whole: PreTrainedModel, config: PreTrainedConfig, width: int, 
 
 def _no_field(whole: PreTrainedModel, name: str, what: str) -> str:
     return (
-        f"{name} cannot be cut: no field of {type(whole.config).__name__} decides {what}; cut "
-        "something else"
+        f"{name} cannot be cut, since no field of {type(whole.config).__name__} decides {what}: "
+        "cut other widths or layers"
     )

@@ -27,12 +27,12 @@ from hf_distill.models.shards import gathered_zero3
 T = TypeVar("T")
 
 LATE_BIAS = "final_logits_bias"
-# Returned in place of logits: small and large values, so that scaling and capping both show.
+# Returned in place of logits: small and large values, which reveal both scaling and capping.
 PROBE = (-60.0, -1.0, 0.0, 0.5, 60.0)
 
 
 class UnsupportedHead(Exception):
-    """This head cannot be replaced, and why."""
+    """A head that cannot be replaced, with the reason."""
 
 
 class HeadReplacement:
@@ -51,8 +51,8 @@ class HeadReplacement:
         self._probed = False
         self._probes: dict[torch.device, Tensor] = {}
         self._at_the_head: Callable[[Tensor], Tensor] | None = None
-        # Under torch.compile the graph ends before the head, which then runs as it is. A function
-        # that changed from call to call would be compiled again for each batch.
+        # Under torch.compile the graph ends before the head, which is not compiled: a function that
+        # changes from call to call would be compiled again for each batch.
         self._replacement = torch.compiler.disable(self._call)
 
     @property
@@ -72,8 +72,8 @@ class HeadReplacement:
             own autocast; returns a result, and a loss if one is to be trained on
         returns: the model's outputs and the result. `outputs.logits` are placeholders; add them to
             the loss times zero, for hooks that wait for the gradient of a module's output
-        raises: UnsupportedHead if the head was not called exactly once, or the model does something
-            to its logits afterwards that its config does not state
+        raises: UnsupportedHead if the head was not called exactly once, or if the model changes its
+            logits afterwards in a way that its config does not state
         """
         results: list[T] = []
 
@@ -83,7 +83,7 @@ class HeadReplacement:
             probe = self._probe(hidden.device)
             # Attached to the loss: engines wait for gradients of what a forward returns.
             logits = probe if loss is None else probe + 0.0 * loss.float()
-            # A copy: FSDP2 warns of views, on which its hook before the backward could be lost.
+            # A copy: FSDP2 warns about views, which could lose its pre-backward hook.
             return logits.expand(*hidden.shape[:-1], len(PROBE)).clone()
 
         try:
@@ -95,7 +95,7 @@ class HeadReplacement:
         except (RuntimeError, ValueError) as error:
             if not results or self._probed:
                 raise
-            # After the head: its logits met something as wide as the vocabulary.
+            # After the head: the placeholder met a tensor as wide as the vocabulary.
             raise UnsupportedHead("its forward needs whole logits after the head") from error
         if len(results) != 1:
             raise UnsupportedHead(
@@ -110,8 +110,9 @@ class HeadReplacement:
     def _replaced(self, at_the_head: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """A context in which the head's forward is `at_the_head`.
 
-        A hook of accelerate has put its own forward there, which calls the head's. It goes on
-        moving the inputs to the head's device, and an offloaded weight there and back.
+        If accelerate has put its own forward there, which calls the head's, only the inner one is
+        replaced. Its hook still moves the inputs to the head's device, and loads and releases an
+        offloaded weight.
         """
         name = "_old_forward" if _device_hook(self.module) is not None else "forward"
         kept = vars(self.module).get(name)
@@ -146,7 +147,7 @@ class HeadReplacement:
             yield LinearHead(weight, bias[0] if bias else None, head.transform)
 
     def _probe(self, device: torch.device) -> Tensor:
-        """The probe values on a device, copied there once: each copy would wait for the device."""
+        """The probe values on a device, copied there once, since each copy waits for the device."""
         if device not in self._probes:
             self._probes[device] = torch.tensor(PROBE, device=device)
         return self._probes[device]
@@ -181,7 +182,7 @@ class _LateBias:
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """For one forward the model adds nothing after the head."""
+        """A context in which the model adds no bias after the head."""
         kept = self._buffers[LATE_BIAS]
         assert kept is not None
         self._kept, self._buffers[LATE_BIAS] = kept, kept.new_zeros(1, 1)
@@ -234,7 +235,7 @@ def _linear_head(model: PreTrainedModel, adapter: str | None) -> nn.Linear:
 
 
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """What the config states about the way from the head's product to the logits."""
+    """The transform from the head's product to the logits, as the config states it."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0

@@ -15,9 +15,9 @@ from hf_distill.models.from_scratch import max_positions
 class PositionCounter:
     """Makes position ids for rows that are padded on the left, in the model's own way.
 
-    Without them a model with absolute positions sees such a row at the wrong places. Models that
-    count from the padding index + 1 (RoBERTa and its relatives) are given their own numbers. Models
-    with several position axes make their own, and so does a forward without `position_ids`.
+    Without position ids, a model with absolute positions counts the padding. Models that count from
+    the padding index + 1 (RoBERTa and its relatives) get ids by that rule. Models with several
+    position axes, and those whose forward takes no `position_ids`, compute their own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Which floating-point formats this machine multiplies in hardware."""
+"""Check whether this machine multiplies bfloat16 in hardware."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def bf16_is_fast(*, cpu: bool) -> bool:
 
 
 def warn_of_slow_weights(model: nn.Module, role: str) -> None:
-    """Say that a model's weights have a format in which this machine's CPU is slow.
+    """Warn if a model's weights have a dtype in which this machine's CPU is slow.
 
-    Products were seen to take 50 times as long as in float32.
+    Products were measured to take 50 times as long as in float32.
     """
     weights = next(model.parameters(), None)
     if weights is None or weights.dtype not in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""Facts about a model that only a forward tells, found with a few tokens."""
+"""Find facts about a model by a forward pass over a few tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TOKENS = 6
 def ignores_padding(model: PreTrainedModel) -> bool:
     """Whether padding on the left changes the logits of the tokens after it.
 
-    True for models that ignore the attention mask or take none (RWKV, CPM-Ant). False where the
-    probe itself fails.
+    True for models that ignore the attention mask or take none (RWKV, CPM-Ant). False if the probe
+    itself fails.
     """
     try:
         with _evaluating(model):

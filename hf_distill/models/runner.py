@@ -1,8 +1,9 @@
-"""Run a model on a batch and hand over what its output head receives at the targets.
+"""Run a model on a batch and return the inputs of its output head at the targets.
 
-The trainer (for the student), live teachers, recordings and evaluation all run their models here:
-one place that filters a batch by what a forward takes, makes position ids, refuses rows that the
-model cannot read, follows autocast, replaces the output head, and falls back to whole logits.
+The trainer (for the student), live teachers, recordings and evaluation all run their models here.
+This module selects the entries of a batch that the forward takes, makes position ids, refuses rows
+that the model cannot read, follows autocast, replaces the output head, and falls back to whole
+logits.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ModelRunner:
     outcomes: how many the logits are for, by default the rows of the output head
     read: the logits of a forward, (rows, positions, outcomes), of its outputs and the batch
     withheld: entries of a batch that are for `read` only
-    fused: hand over the inputs of the output head where it can be replaced, instead of logits
+    fused: return the inputs of the output head instead of logits, if the head can be replaced
     adapter: see `HeadReplacement`
     strict: hand every column of a batch to the forward, which refuses unknown ones, as Trainer does
     """
@@ -88,7 +89,7 @@ class ModelRunner:
         return self._head is not None
 
     def use_whole_logits(self, reason: object) -> None:
-        """Give up replacing the output head, and say why."""
+        """Stop replacing the output head, and log the reason."""
         self._head = None
         warn_once("The %s makes all of its logits at once, since %s.", self.role, reason)
 
@@ -105,9 +106,9 @@ class ModelRunner:
 
         model: the model of this runner, or what an engine has made of it
         batch: without labels; use: returns a result, and a loss if one is to be trained on
-        whole_logits: somebody else wants to see `outputs.logits`
-        returns: the result, the model's outputs, and where the head was replaced a 0-dim zero to
-            be added to the loss, for hooks that wait for the gradient of the outputs
+        whole_logits: the caller needs `outputs.logits`
+        returns: the result, the model's outputs, and if the head was replaced a 0-dim zero to add
+            to the loss, for hooks that wait for the gradient of the outputs
         """
         inputs = self.inputs(batch) | self.options
         try:
@@ -151,8 +152,8 @@ class ModelRunner:
         with self.autocast():
             found = self.run(self.model if model is None else model, batch, targets, keep)[0]
         if isinstance(found, Hidden) and self._head is not None:
-            # After the forward an offloaded head has left its device: the one that was seen in it
-            # would stay there until the signal is used, and be loaded a second time.
+            # After the forward an offloaded head has left its device. The head that was seen inside
+            # it would stay on the device until the signal is used, and be loaded a second time.
             return Hidden(found.states, self._head.head, found.gather)
         return found
 
@@ -169,7 +170,7 @@ class ModelRunner:
         }
         ids, mask = inputs.get("input_ids"), batch.get("attention_mask")
         self.check_length(batch)
-        # On an accelerator this waits for the device, so only where it can be needed.
+        # On an accelerator this waits for the device, so it is done only if it may be needed.
         if ids is not None and (self.may_meet_unknown_ids or ids.device.type == "cpu"):
             inputs["input_ids"] = known_ids(
                 ids, _two_dimensional(mask), self.embedding_rows, f"the {self.role}"
@@ -186,8 +187,8 @@ class ModelRunner:
         if padded and self._padding_is_unchecked and not torch.distributed.is_initialized():
             if ignores_padding(base_model(self.model)):
                 warn_once(
-                    "The %s ignores the attention mask, so that rows padded on the left give it "
-                    "another loss than unpadded ones: pad on the right.",
+                    "The %s ignores the attention mask, so its loss on rows padded on the left "
+                    "differs from that on unpadded rows: pad on the right.",
                     self.role,
                 )
             self._padding_is_unchecked = False

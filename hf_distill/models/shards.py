@@ -39,7 +39,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered_zero3(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A context in which ZeRO-3's parameters are whole; those that are so already are left alone.
+    """A context in which ZeRO-3's parameters are whole; whole ones are not touched.
 
     DeepSpeed is imported only where it is used.
     """
@@ -57,8 +57,8 @@ def gathered_zero3(parameters: Iterable[Tensor]) -> Iterator[None]:
 def _gathered_fsdp2(model: nn.Module) -> Iterator[None]:
     """A context in which FSDP2's parameters are replaced by whole copies.
 
-    `unshard` of FSDP2 is not used: it needs streams that the first forward of the root module
-    makes, and the student may write before it.
+    FSDP2's `unshard` is not used: it needs streams that the first forward of the root module makes,
+    and the student may generate before that.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

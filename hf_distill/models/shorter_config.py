@@ -1,8 +1,8 @@
-"""The config of a model with some of its layers, found without knowing any architecture.
+"""The config of a model with some of its layers, for any architecture.
 
 A config may state its layers as a count, as a list, string or dictionary with a value for each
-layer, or as a list of layer indices. All of these are cut alike. Which of them decides the length
-of a stack is found by cutting it, building the model without memory (meta device), and looking.
+layer, or as a list of layer indices. All of these are shortened. To find the field that decides the
+length of a stack, each is shortened in turn and the model is built on the meta device.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _deciding_fields(
         try:
             _cut(probe, fields, kept)
             built = blueprint(model_class, probe)
-        except Exception:  # whatever it is: not a model, so not these fields
+        except Exception:  # the model cannot be built with these fields, so they are not the ones
             continue
         if len(built.get_submodule(stack.path)) == len(kept):  # type: ignore[arg-type]
             return fields
@@ -165,7 +165,7 @@ def _cut(config: PreTrainedConfig, fields: tuple[str, ...], kept: list[int]) -> 
     for name in fields:
         if type(values[name]) is int:
             setattr(config, name, len(kept))
-    for name, value in later.items():  # they may look at the counts
+    for name, value in later.items():  # their setters may read the counts
         setattr(config, name, value)
 
 

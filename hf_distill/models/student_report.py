@@ -1,4 +1,4 @@
-"""What a student made from its teacher is like before it is trained."""
+"""The report on a student made from its teacher, before training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class StudentReport:
-    """What was removed from a teacher, and what it costs without training."""
+    """The parts that were removed from a teacher, and the perplexities before training."""
 
     parameters: int
     teacher_parameters: int

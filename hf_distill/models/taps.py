@@ -1,8 +1,8 @@
-"""Take inner states out of a model during a forward, of the layers that are asked for only.
+"""Capture internal states of chosen layers of a model during a forward.
 
-`output_hidden_states` and `output_attentions` would keep those of all layers. Here hooks on the
-chosen layers note references to tensors that the forward makes anyway. They add no operation to the
-forward, so that activation checkpointing repeats exactly what was done.
+`output_hidden_states` and `output_attentions` would keep the states of all layers. Here hooks on
+the chosen layers keep references to tensors that the forward makes anyway. They add no operation to
+the forward, so that activation checkpointing repeats exactly the same operations.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ Found = dict[Place, Tensor | AttentionCall]
 
 
 class Taps:
-    """Takes the states at some places of a model in its forwards.
+    """Captures the states at some places of a model in its forwards.
 
     model: without wrappers; places: of this model
     """
@@ -82,7 +82,7 @@ class Taps:
 
     @contextmanager
     def listening(self) -> Iterator[Found]:
-        """What one forward inside of this context makes at the places."""
+        """The states that one forward inside this context makes at the places."""
         found: Found = {}
         inside: list[Place] = []  # the layer whose attention is awaited
         with ExitStack() as undo:
@@ -118,7 +118,7 @@ class Taps:
 
 
 def make_attention_visible(model: PreTrainedModel, role: str) -> None:
-    """Switch to an attention implementation that gives attention maps.
+    """Switch to the attention implementation that returns attention maps, `eager`.
 
     raises: InputError for a model that has none
     """
@@ -128,15 +128,15 @@ def make_attention_visible(model: PreTrainedModel, role: str) -> None:
     model.set_attn_implementation("eager")
     if model.config._attn_implementation != "eager":
         raise InputError(
-            f"the {role} computes attention by {before!r}, which gives no maps, and cannot be "
+            f"the {role} computes attention by {before!r}, which returns no maps, and cannot be "
             "switched to 'eager': leave out the feature 'attention'"
         )
-    warn_once("The %s now computes attention by 'eager': %r gives no maps.", role, before)
+    warn_once("The %s now computes attention by 'eager', since %r returns no maps.", role, before)
 
 
 @contextmanager
 def _noting_attention(found: Found, inside: list[Place]) -> Iterator[None]:
-    """Note the first call of an attention function in each layer: in decoders, to themselves.
+    """Capture the first call of an attention function in each layer (self-attention in decoders).
 
     All models get their attention function from one registry.
     """

@@ -50,7 +50,7 @@ def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader:
 def first_difference(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> tuple[int, str | None, str | None] | None:
-    """The first id that stands for different tokens, with both tokens; None if there is none.
+    """The first id that is a different token in each vocabulary, with both tokens; else None.
 
     Ids beyond the shorter vocabulary (an added ``<pad>``) are not compared, since they are not
     shared.
@@ -74,8 +74,8 @@ def shared_vocabulary(
 ) -> int:
     """The number of ids, from 0 on, that both models share. The divergence runs over these.
 
-    Head rows beyond a tokenizer (50257 tokens in 50304 rows) are not shared. Where a tokenizer is
-    missing, one warning says that the tokens were not compared.
+    Head rows beyond a tokenizer (50257 tokens in 50304 rows) are not shared. If a tokenizer is
+    missing, a warning says that the tokens were not compared.
     raises: InputError naming the first token that differs
     """
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
@@ -87,14 +87,14 @@ def compare_tokens(
     student_tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """InputError where an id is not the same token to both; a warning where one is not known."""
+    """InputError if an id is a different token in each tokenizer; a warning if one is unknown."""
     if student_tokenizer is None or teacher_tokenizer is None:
         missing = ("student", "processing_class")
         if student_tokenizer is not None:
             missing = ("teacher", "teacher_tokenizer, or LiveTeacher(model, tokenizer),")
         warn_once(
             "The tokens of student and teacher were not compared, since the tokenizer of the %s is "
-            "not known; pass %s to have them checked.",
+            "not known: pass %s to check them.",
             *missing,
         )
         return
@@ -103,13 +103,13 @@ def compare_tokens(
         index, ours, theirs = difference
         raise InputError(
             f"student and teacher have different tokenizers: id {index} is {ours!r} for the "
-            f"student and {theirs!r} for the teacher, so their distributions cannot be compared; "
+            f"student and {theirs!r} for the teacher, so their distributions cannot be compared: "
             "use a student with the teacher's tokenizer"
         )
 
 
 def suppress_unused_ids(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Keep generation from drawing head rows beyond the tokenizer, in the model's own config."""
+    """Suppress head rows beyond the tokenizer in the model's generation config."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not model.can_generate():
         return
     if unused := range(len(tokenizer), head_rows(model)):

@@ -1,4 +1,4 @@
-"""Which dimension of which weight holds which units, found without knowing any architecture.
+"""Find the dimensions of weights that hold neurons, heads or features, for any architecture.
 
 Units are the neurons of feed-forward networks, groups of attention heads that share a key and a
 value, and the features of the hidden states. A weight is cut along every dimension that a narrower
@@ -25,7 +25,7 @@ SIZE = " (if the size of a head is hidden / heads, cut both in the same proporti
 
 
 class CannotCut(Exception):
-    """A weight that cannot be cut, and why."""
+    """A weight that cannot be cut, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def _check_head_size(
     if hidden % size == 0:
         fitting = f"heads={hidden // size} with hidden={hidden}"
     raise CannotCut(
-        f"the size of a head would not be {size} any more, since it is hidden / heads here: give "
-        f"{fitting}"
+        f"the size of a head would no longer be {size}, since it is hidden / heads in this model: "
+        f"give {fitting}"
     )
 
 

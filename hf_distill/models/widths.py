@@ -170,10 +170,9 @@ def _check(
 ) -> None:
     """Compare the student with the teacher whose removed units are zero, on one row.
 
-    The norms of the hidden states take their statistics from the features that are left, as the
-    student's do. A weight that was cut in a wrong order, or a constant of the model that depends on
-    its width, shows here.
-    raises: InputError where they differ
+    The norms of the hidden states use the kept features only, as the student's do. This detects a
+    weight that was cut in a wrong order, and a constant of the model that depends on its width.
+    raises: InputError if they differ
     """
     handles = []
     for choice, axis in _projections(axes, stacks, model):
@@ -202,9 +201,9 @@ def _check(
     error = _error(found, expected)
     if not error <= exactness:
         raise InputError(
-            f"{type(model).__name__} cannot be cut so, since it would not compute what it computes "
-            f"without the removed units (logits differ by {error:.1%}): its weights have another "
-            "order, or a constant depends on its width; cut something else"
+            f"{type(model).__name__} cannot be cut this way, since the student differs from the "
+            f"teacher without the removed units (logits differ by {error:.1%}): its weights have "
+            "another order, or a constant depends on its width; cut other widths or layers"
         )
 
 

@@ -87,7 +87,7 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with all its defaults as YAML; `parse_recipe` gives it back."""
+    """The recipe with all its defaults as YAML; the inverse of `parse_recipe`."""
     return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -1,7 +1,7 @@
 """The typed form of a recipe, the YAML file that describes how a student is made.
 
-Every key is declared, documented and given its default once: here, in `sections` or, for
-trainings, in `train_sections`. This module also checks what sections say of each other.
+Every key is declared, documented and given its default once: here, in `sections`, or for trainings
+in `train_sections`. This module also checks that the sections fit each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_distill.recipes.train_sections import (
     arguments,
 )
 
-# The tasks that use a key of `data`, of the keys that not all tasks use.
+# Keys of `data` that only some tasks use, with these tasks.
 _WINDOWS = ("question-answering",)
 _TEXTS = ("seq2seq-lm",)
 _CAUSAL = ("causal-lm",)
@@ -82,22 +82,21 @@ class Recipe(Section):
     ] = "causal-lm"
     """What the models predict; see docs/recipes.md."""
     data: DataConfig
-    """The rows and their preparation; the keys are in docs/data.md."""
+    """The rows and their preparation; see docs/data.md and hf_distill/data/config.py."""
     tokenizer: TokenizerSection = TokenizerSection()
     """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
     """The teacher. A string stands for `teacher.model`."""
     annotate: AnnotateSection | None = None
-    """Let the teacher write the targets that the student learns; the baseline keeps the original
-    ones."""
+    """Let the teacher write the student's targets; the baseline keeps the original ones."""
     record: RecordSection | None = None
     """Record the teacher once and train from the recording; by default it runs during training."""
     student: StudentSection
     """The student before training. A string stands for `student.model`."""
     baseline: bool = True
-    """Also train the student with cross-entropy only, on equal terms."""
+    """Also train the student with cross-entropy only, on the same rows with the same steps."""
     off_policy: TrainSection | None = None  # type: ignore[valid-type]
-    """A distillation on the data rows before `train`, which goes on from its student; the same
+    """A distillation on the data rows before `train`, which continues from its student; the same
     fields as `train`."""
     train: TrainSection = TrainSection()  # type: ignore[valid-type]
     """The training of baseline and student: fields of `DistillationArguments`."""
@@ -138,7 +137,7 @@ class Recipe(Section):
             default = type(self.data).model_fields[name].get_default(call_default_factory=True)
             if self.task not in tasks and getattr(self.data, name) != default:
                 raise ValueError(
-                    f"sets data.{name}, which the task {self.task} does not use (but "
+                    f"sets data.{name}, which the task {self.task} does not use (it is for "
                     f"{', '.join(tasks)}): leave it out"
                 )
         return self
@@ -150,7 +149,8 @@ class Recipe(Section):
             return self
         if self.task not in ANNOTATED:
             raise ValueError(
-                f"has 'annotate' for the task {self.task}, whose models write no text: leave it out"
+                f"has 'annotate' for the task {self.task}, whose models generate no text: leave it "
+                "out"
             )
         if self.task == "causal-lm" and (section.max_new_tokens or 0) >= self.data.max_length:
             raise ValueError(
@@ -161,7 +161,7 @@ class Recipe(Section):
 
     @property
     def has_rows_of_the_student(self) -> bool:
-        """Whether the student learns rows that the baseline does not."""
+        """Whether the student has training rows that the baseline does not have."""
         return self.annotate is not None or self.data.unlabelled is not None
 
     @model_validator(mode="after")
@@ -173,18 +173,18 @@ class Recipe(Section):
         longer = section is None or section.n > 1 or section.keep_original
         if self.baseline and longer and train.get("max_steps", -1) <= 0:
             raise ValueError(
-                f"has {what}, by which the student learns more rows than the baseline, so that its "
-                "epochs are longer: set train.max_steps, or baseline to false"
+                f"has {what}, which gives the student more rows than the baseline and so longer "
+                "epochs: set train.max_steps, or baseline to false"
             )
         if self.record is not None and self.record.max_rows is not None:
             raise ValueError(
-                f"has {what} and record.max_rows, which would leave the student other rows than "
-                "the baseline: set data.max_train_rows instead"
+                f"has {what} and record.max_rows, which would give student and baseline different "
+                "rows: set data.max_train_rows instead"
             )
         if self.data.unlabelled is not None and train["alpha"] == 0:
             raise ValueError(
-                "has data.unlabelled and train.alpha 0, but rows without labels are learnt from "
-                "the teacher alone: raise train.alpha"
+                "has data.unlabelled and train.alpha 0, but rows without labels count in the "
+                "divergence only: raise train.alpha"
             )
         return self
 

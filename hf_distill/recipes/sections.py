@@ -49,19 +49,20 @@ class TeacherSection(Section):
     """The teacher. A string stands for `model`."""
 
     model: str | None = None
-    """Hub id or folder of a model of the task; with `train` it may have no head for it yet."""
+    """Hub id or folder of a model of the task; with `train` it may lack the head for the task."""
     model_kwargs: dict[str, Any] = Field(default={})
     """Passed to `from_pretrained`: dtype, revision, attn_implementation, ..."""
     placement: Literal["auto", "replicated", "sharded", "offloaded"] = "auto"
-    """Where its weights are stored: whole on every device, in shards over them, or on the CPU."""
+    """Where its weights are stored: `replicated`, `sharded`, `offloaded` or `auto`; see
+    docs/scaling.md."""
     config: dict[str, Any] | None = None
     """Train a teacher from scratch instead: `model_type` and that model's settings."""
     train: PretrainSection | None = None  # type: ignore[valid-type]
-    """Its training on the same rows, from scratch or from `model`: fields of
+    """Train the teacher on the same rows first, from `config` or `model`: fields of
     `transformers.TrainingArguments`."""
     adapt: AdaptSection | None = None  # type: ignore[valid-type]
-    """Train `model` with cross-entropy on the same rows before it teaches: the same fields. Its
-    figures before and after are reported."""
+    """Train `model` with cross-entropy on the same rows first: fields as in `teacher.train`.
+    Figures before and after are reported."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSection:
@@ -84,22 +85,22 @@ class AnnotateSection(Section):
     """Let the teacher write the targets that the student learns, before training."""
 
     num_beams: int = Field(default=1, ge=1)
-    """Beams of the search for a text; 1 takes the likeliest token at each place."""
+    """Beams of beam search; 1 is greedy search."""
     do_sample: bool = False
-    """Draw the texts instead."""
+    """Sample the texts instead."""
     temperature: float = Field(default=1.0, gt=0)
-    """Temperature at which texts are drawn, with `do_sample`."""
+    """Sampling temperature, with `do_sample`."""
     n: int = Field(default=1, ge=1)
-    """Texts for each row: the best beams, or draws."""
+    """Texts for each row: the best beams, or samples."""
     keep_original: bool = False
-    """Let the student learn the original targets too."""
+    """Train the student on the original targets too."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a text; by default `data.max_target_length`, for causal language models half of
-    `data.max_length` and at most 256."""
+    """Most tokens of a text; by default `data.max_target_length`, or for causal language models
+    half of `data.max_length`, at most 256."""
     batch_size: int = Field(default=8, ge=1)
     """Rows at a time on each device."""
     shard_rows: int = Field(default=1000, ge=1)
-    """Rows of one file, which is the most that an interruption loses."""
+    """Rows of one file. An interruption loses at most one file of each process."""
 
     @model_validator(mode="after")
     def _one_way_of_writing(self) -> AnnotateSection:
@@ -123,17 +124,18 @@ class RecordSection(Section):
     """Run the teacher once, at `train.temperature`, and train from its recorded outputs."""
 
     kind: Literal["top_k", "sampled", "full"] = "top_k"
-    """`top_k`: the k likeliest tokens and the mass of all others; `sampled`: draws; `full`: all."""
+    """`top_k`: the k most likely tokens and the total probability of all others; `sampled`: draws;
+    `full`: all log-probabilities."""
     k: int = Field(default=64, ge=1, lt=2**16)
-    """Tokens of `top_k` at each target."""
+    """Tokens at each target, with `top_k`."""
     draws: int = Field(default=50, ge=1, lt=2**16)
-    """Draws of `sampled` at each target; for forward_kl only."""
+    """Draws at each target, with `sampled`; for forward_kl only."""
     max_rows: int | None = Field(default=None, ge=1)
     """Record, and train on, a sample of this many training rows."""
     batch_size: int = Field(default=8, ge=1)
     """Rows at a time on each device."""
     shard_rows: int = Field(default=1000, ge=1)
-    """Rows of one file, which is the most that an interruption loses."""
+    """Rows of one file. An interruption loses at most one file of each process."""
 
 
 class StudentSection(Section):
@@ -157,7 +159,7 @@ class StudentSection(Section):
     hidden: int | float | None = None
     """Features of the teacher's hidden states to keep: a number or a share."""
     lora: LoraSection | None = None
-    """Train adapters on top of any of these."""
+    """Train LoRA adapters on top of the student."""
 
     @property
     def widths(self) -> Widths:
@@ -187,11 +189,11 @@ class HarnessSection(Section):
     """Benchmarks of lm-evaluation-harness (the extra `eval`)."""
 
     tasks: list[str] = Field(min_length=1)
-    """Names of its tasks or groups, or of those in `include_path`."""
+    """Names of tasks or groups, of the harness or in `include_path`."""
     include_path: str | None = None
     """A folder with YAML files of further tasks."""
     limit: int | None = Field(default=None, ge=1)
-    """Rows of each task, the first ones; by default all."""
+    """Use only the first rows of each task, this many; by default all."""
 
 
 class EvaluateSection(Section):
@@ -206,12 +208,12 @@ class EvaluateSection(Section):
     prompt_tokens: int = Field(default=32, ge=1)
     """Tokens of a prompt, where rows have no prompt of their own."""
     max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens of a continuation; encoder-decoders write `data.max_target_length`."""
+    """Most tokens of a continuation; for encoder-decoders `data.max_target_length` applies."""
     written: int = Field(default=0, ge=0)
-    """Held-out rows of each set after which causal models draw a text, which is compared with the
-    reference and judged by the teacher."""
+    """Held-out rows of each set for which causal models sample a text. It is compared with the
+    reference and with the teacher's distributions."""
     num_beams: int = Field(default=1, ge=1)
-    """Beams with which an encoder-decoder writes."""
+    """Beams of beam search for encoder-decoders."""
     harness: HarnessSection | None = None
     """Also run benchmarks of lm-evaluation-harness, for teacher, baseline and student."""
 

@@ -61,12 +61,12 @@ def plan_sweep(recipe: str | Path, overrides: Sequence[str]) -> Sweep:
     for key in ("name", "output_dir"):
         if key in several:
             raise InputError(
-                f"--set {key} has several values, but a sweep names the folders of its runs by the "
-                "other keys: give one value"
+                f"--set {key} has several values, but it decides where a sweep stores its runs: "
+                "give one value"
             )
     if not several:
         raise InputError(
-            "no key has several values, so there is nothing to sweep over: give them between "
+            "no key has several values, so there is nothing to sweep over: separate values by "
             "commas, as in --set train.temperature=1,2,4, or use `hf-distill run`"
         )
     grid = [

@@ -23,7 +23,7 @@ class Section(BaseModel):
     )
 
 
-# Keys that a recipe sets in another place, or that make no sense in it.
+# Keys that are set elsewhere in a recipe or do not apply to one, with the alternative.
 RESERVED = {
     "output_dir": "checkpoints go to the run folder, output_dir/name",
     "seed": "the recipe's own 'seed' sets it",
@@ -38,8 +38,8 @@ RESERVED = {
     "target_lang": "use 'data.target_lang'",
     "doc_stride": "use 'data.stride'",
     "mlm_probability": "use 'data.mask_probability'",
-    "completion_only_loss": "prompt/completion rows always learn their completions only",
-    "assistant_only_loss": "chat rows always learn the assistant's turns only",
+    "completion_only_loss": "the loss on prompt/completion rows is always on completions only",
+    "assistant_only_loss": "the loss on chat rows is always on the assistant's turns only",
     "student_model_kwargs": "use 'student.model_kwargs'",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
     "do_train": "the stages decide it",
@@ -62,7 +62,7 @@ RESERVED = {
     "local_rank": "`accelerate launch` sets it",
 }
 
-# Trainer accepts any number for these, and fails later.
+# Trainer accepts any number for these and fails later.
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -101,13 +101,13 @@ class AdapterSection(Section):
     r: int = Field(default=8, ge=1)
     """Rank of the adapters."""
     alpha: float = Field(default=16, gt=0)
-    """Their scale is alpha / r (`lora_alpha`)."""
+    """The scale of the adapters is alpha / r (`lora_alpha`)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the adapters (`lora_dropout`)."""
     target_modules: str | list[str] | None = None
     """Names of the layers that get an adapter; by default those of peft for the model type."""
     modules_to_save: list[str] | None = None
-    """Layers that are trained in full beside the adapters."""
+    """Layers that are trained in full in addition to the adapters."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     use_dora: bool = False
@@ -118,8 +118,9 @@ class _Training(Section):
     """The keys of a train section beside the fields of its arguments class."""
 
     global_batch_size: int | None = Field(default=None, ge=1)
-    """Rows of an optimizer step over all processes, so that a recipe means the same on any number
-    of them. `per_device_train_batch_size`, if given, limits the rows at a time."""
+    """Rows of an optimizer step over all processes, so that steps are the same on any number of
+    processes. `per_device_train_batch_size`, if given, limits the rows that a device processes at a
+    time."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,7 +148,7 @@ class _Adapting(_Training):
     """The keys of the adaptation of a teacher."""
 
     lora: AdapterSection | None = None
-    """Train adapters, which are merged into the teacher; by default all of its weights."""
+    """Train adapters and merge them into the teacher; by default all weights are trained."""
 
 
 def _train_section(

@@ -1,8 +1,8 @@
 """`annotate`: let the teacher write the targets of a data set (sequence-level distillation).
 
-The rows are written in shards, as recordings are: a kill loses at most one shard per process, a
-second call goes on from there and ends with the same rows, and under `accelerate launch` the
-processes divide the shards among them. Source: Kim and Rush, arXiv:1606.07947.
+The rows are written in shards, like recordings. A kill loses at most one shard per process. A
+second call resumes and ends with the same rows. Under `accelerate launch` the processes divide the
+shards among them. Source: Kim and Rush, arXiv:1606.07947.
 """
 
 from __future__ import annotations
@@ -72,35 +72,35 @@ def annotate(
     accelerator: Accelerator | None = None,
     **teacher_model_kwargs: Any,
 ) -> Dataset:
-    """Return the rows with targets that the teacher has written, n rows for each.
+    """Return the rows with targets that the teacher has generated, n rows for each row.
 
     dataset: a `datasets.Dataset` or `IterableDataset` of rows with text
     teacher: a causal or encoder-decoder model, its id or path
     output_dir: where the shards are stored; by default a folder of the datasets cache, named after
         settings, teacher and rows. After an interruption, call it again with the same arguments
-    tokenizer: the teacher's; by default the one beside it
+    tokenizer: the teacher's; by default the one in the teacher's folder or repository
     generation: settings of `generate`, such as {"num_beams": 4, "max_new_tokens": 64} or
-        {"do_sample": True, "temperature": 0.7}, above the teacher's own generation config; at most
-        256 tokens where neither sets a length. Texts are drawn from the whole vocabulary unless
+        {"do_sample": True, "temperature": 0.7}, which override the teacher's generation config; at
+        most 256 tokens if neither sets a length. Texts are sampled from the whole vocabulary unless
         top_k, top_p or min_p restrict it
-    n: texts for each row: the best beams, or draws
+    n: texts for each row: the best beams, or samples
     keep_targets: keep the original targets and put the texts into the column "teacher_text";
         otherwise they replace the targets
     columns: {"source": ..., "target": ...}, where "translation.en" is a field of a column. By
-        default `messages` (the last answer of the assistant is written anew), a pair of
+        default `messages` (the last answer of the assistant is replaced), a pair of
         `data.source_target.PAIRS`, or a source without its target: `prompt` and `text` (into
         `completion`), `document`, `article`, `dialogue`, `source`
     prefix, separator: put before and after each source, the second for causal models only
     source_lang, target_lang: codes of models with languages (mBART, M2M100, NLLB)
-    max_source_length: tokens; by default what the teacher takes. The end of a longer source is left
-        out and counted in a warning, or refused with too_long="refuse"
+    max_source_length: in tokens; by default the teacher's limit. A longer source is cut at the end
+        and counted in a warning; with too_long="refuse" it is an error
     batch_size: rows at a time on each process, of similar length
-    seed: of the draws; each row draws by itself, so that neither batches nor processes matter
+    seed: of the sampling; each text has its own seed, so batches and processes do not matter
     teacher_model_kwargs: for `from_pretrained`
     returns: a memory-mapped `Dataset`, the same on every process, with three more columns:
-        `teacher_log_prob`, the sum of the written tokens' log-probabilities in nats, at temperature
-        1; `teacher_mean_log_prob`, the mean; `teacher_finished`, False for a text that was cut at
-        the length limit. The n rows of a row follow each other.
+        `teacher_log_prob`, the sum of the generated tokens' log-probabilities in nats, at
+        temperature 1; `teacher_mean_log_prob`, the mean; `teacher_finished`, False for a text that
+        was cut at the length limit. The n rows of a row follow each other.
     raises: InputError for settings, rows or a folder that cannot be used, and for a full disk
     """
     with one_accelerator(accelerator) as accelerator:
@@ -126,7 +126,7 @@ def annotate(
         folder = Path(output_dir) if output_dir else in_cache(dataset, identity, shard_rows)
         on_main_first(accelerator, lambda: claim(folder, identity, "an annotation"))
         if isinstance(dataset, Dataset):
-            # Before hours of work, not after them.
+            # Checked before hours of work, not after them.
             on_main_first(accelerator, lambda: writer.check(dataset))
         bar = Bar(dataset, accelerator, "annotate", "tokens", "")
         write = partial(_write, writer, shard_rows, batch_size, bar.report)
@@ -175,8 +175,8 @@ def _teacher(
         tokenizer = tokenizer or local_tokenizer(model.config.name_or_path)
     if not model.can_generate():
         raise InputError(
-            f"the teacher is a {type(model).__name__}, which cannot write text: give a causal or "
-            "an encoder-decoder language model"
+            f"the teacher is a {type(model).__name__}, which cannot generate text: give a causal "
+            "or an encoder-decoder language model"
         )
     if tokenizer is None:
         raise InputError("the teacher's tokenizer is not known: give tokenizer")
@@ -217,7 +217,7 @@ def _prompts(
     limit = source_limit(marked, max_positions(model.config), kept)
     if max_source_length is not None:
         if max_source_length < 1 or (limit is not None and max_source_length > limit):
-            most = f" to {limit}, what the teacher takes" if limit is not None else " or more"
+            most = f" to {limit}, the teacher's limit" if limit is not None else " or more"
             raise InputError(f"max_source_length is {max_source_length}, but must be 1{most}")
         limit = max_source_length
     return Prompts(marked, generator.encoder_decoder, limit, prefix, separator)
@@ -256,7 +256,7 @@ def _check_same_rows(path: Path, rows: Dataset) -> None:
 
 
 def _finish(folder: Path, identity: dict[str, Any], shards: int) -> None:
-    """Write the manifest, which marks the annotation as complete, and say what is unusual."""
+    """Write the manifest, which marks the annotation as complete; warn of cut or empty texts."""
     parts = shard_counts(folder, shards)
     names = ("rows", "cut", "tokens", "empty", "unfinished")
     counts = {name: sum(part[name] for part in parts) for name in names}
@@ -267,7 +267,7 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int) -> None:
     texts = counts["rows"] * identity["n"]
     if counts["cut"]:
         logger.warning(
-            "The end of %d of %d sources was left out, since they were longer than %d tokens.",
+            "%d of %d sources were cut at the end, since they are longer than %d tokens.",
             counts["cut"],
             counts["rows"],
             identity["max_source_length"],
@@ -279,4 +279,4 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int) -> None:
             texts,
         )
     if counts["empty"]:
-        logger.warning("The teacher wrote nothing in %d of %d texts.", counts["empty"], texts)
+        logger.warning("%d of %d texts of the teacher are empty.", counts["empty"], texts)

@@ -31,7 +31,7 @@ _VERSION = 1  # part of every identity: raise it when the same settings would gi
 class AnnotationWriter:
     """Turns rows into rows with the teacher's targets.
 
-    truncate: leave out the end of sources that are too long, instead of refusing them
+    truncate: cut sources that are too long at the end; False makes them an error
     """
 
     generator: Generator
@@ -86,7 +86,7 @@ class AnnotationWriter:
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """The annotated rows, in their order, and counts.
 
-        first: the index of the first row in the data set, which decides its draws with the seed
+        first: the index of the first row in the data set; with the seed it decides the samples
         report: called after each batch with its rows and new tokens
         """
         found = [self._prompt(row, first + i) for i, row in enumerate(rows)]

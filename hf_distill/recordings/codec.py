@@ -2,9 +2,9 @@
 
 There are three kinds, each with its own `encode` and `decode` for all arrays of a row.
 
-top_k   The k likeliest ids in ascending order (`recordings.id_lists`). The `EXACT`
-        largest log-probabilities in float16; the others as one of 31 levels, evenly spaced between
-        the smallest of those and the smallest of all. The log of the remaining mass in float16.
+top_k   The k most likely ids in ascending order (`recordings.id_lists`). The `EXACT` largest
+        log-probabilities in float16; the others as one of 31 levels, evenly spaced between the
+        smallest exact one and the smallest of all. The log of the tail's probability in float16.
         The label's log-probability if it is not among the k. Decoding scales the probabilities so
         that they sum to one with the tail.
 sampled The ids of draws from the distribution and how often each was drawn (RS-KD,
@@ -40,12 +40,10 @@ KINDS = ("top_k", "sampled", "full")
 EXACT = 8
 BITS = 5  # of a level; the highest one marks a value that is stored exactly
 MARK = 2**BITS - 1
-LEAST = (
-    -1e4
-)  # smaller log-probabilities are raised to this, which float16 holds; its probability is 0
+LEAST = -1e4  # smaller log-probabilities are raised to this float16 number; its probability is 0
 LEAST_TAIL = -80.0
 RANGE = (
-    24.0  # most nats that the levels span, so that an id without probability does not coarsen them
+    24.0  # most nats that the levels span, so that an id of probability 0 does not make them coarse
 )
 
 
@@ -175,6 +173,6 @@ def _normalised(log_probs: Floats, log_tail: Floats, log_label: Floats) -> Float
     label = np.where(np.isnan(log_label), 0.0, np.exp(np.nan_to_num(log_label)))
     left = np.maximum(-np.expm1(np.minimum(log_tail, -1e-7)) - label, 1e-30)
     named = np.maximum(np.exp(log_probs).sum(1), 1e-30)
-    # Sums this far apart are no rounding: the label alone has nearly all, for one.
+    # So large a difference is not rounding, for example if the label alone has nearly all mass.
     factor = np.clip(np.log(left / named), -0.1, 0.1)
     return np.minimum(log_probs + factor[:, None], 0.0).astype(np.float32)

@@ -104,7 +104,7 @@ _REMEDIES = {
     "k": "record all rows with one k",
     "vocabulary": "record all rows with one teacher and tokenizer",
     "teacher": "rows of several teachers are mixed only with mixed_recordings=True",
-    "tokenizer": "record with the tokenizer that the rows are trained with",
+    "tokenizer": "record with the tokenizer of the training",
 }
 
 
@@ -114,12 +114,12 @@ def _belongs_elsewhere(number: int, header: Header, targets: int) -> str:
     return (
         f"the recording of row {number} of a batch belongs to another row: "
         f"{same if header.targets == targets else counted}; record after tokenizing, packing and "
-        "masking, with the collator that is trained with"
+        "masking, with the collator of the training"
     )
 
 
 def starts_of(task: Task, batch: Mapping[str, Any], rows: int) -> list[int]:
-    """The position of each row's first token in the padded batch, where targets are counted so."""
+    """The position of each row's first token in the padded batch; targets are counted from it."""
     mask = batch.get("attention_mask")
     if not task.aligned or mask is None or mask.dim() != 2:
         return [0] * rows

@@ -36,8 +36,8 @@ def fill(
 
     write: called with the rows of a shard, its path and its index
     check: called with the path of a finished shard and its rows; raises where they do not fit
-    idle: given for a teacher whose weights are in shards, which all processes have to run
-        together. They write in rounds; a process without a shard left calls it with some rows.
+    idle: given for a sharded teacher, which all processes have to run together. They write in
+        rounds; a process without a shard left calls it with some rows.
     raises: InputError for a data set without rows, and for a full disk
     """
     whole = broadcast(accelerator, {path.name for path in folder.glob("shard-*.arrow")})

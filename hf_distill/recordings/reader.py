@@ -1,4 +1,4 @@
-"""Read recordings: the signal in a batch, the header of a data set, and what they fit."""
+"""Read recordings: the signal in a batch, the header of a data set, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_recording(
     if header.kind != "full" and np.float32(header.temperature) != np.float32(temperature):
         raise InputError(
             f"{what} was recorded at temperature {header.temperature:g}, but temperature is "
-            f"{temperature:g}, and one temperature cannot be computed from the other: set "
+            f"{temperature:g}, and outputs at one cannot be computed from those at the other: set "
             f"temperature to {header.temperature:g}, or record again at {temperature:g}"
         )
     if header.kind == "sampled" and divergence is not divergences.forward_kl:

@@ -1,8 +1,8 @@
 """`record`: run the teacher once over a data set and store its outputs in the rows.
 
 The rows are written in shards. A shard is written under another name and renamed when it is
-complete, so that a kill loses at most one shard per process. A second call goes on from there and
-ends with the same bytes. Under `accelerate launch` the processes divide the shards among them.
+complete, so that a kill loses at most one shard per process. A second call resumes and ends with
+the same bytes. Under `accelerate launch` the processes divide the shards among them.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def record(
 ) -> Dataset:
     """Return the same rows with one more column, the teacher's outputs at their targets.
 
-    dataset: a `datasets.Dataset` or `IterableDataset` of tokenized, packed and masked rows, as
-        they will be trained on; of a stream one shard at a time is in memory
+    dataset: a `datasets.Dataset` or `IterableDataset` of rows as they will be trained on:
+        tokenized, packed and masked. A stream is held in memory one shard at a time
     teacher: a model, an id or path, or an object with the `Teacher` protocol
     output_dir: where the shards are stored; by default a folder of the datasets cache, named after
         settings, teacher and rows. After an interruption, call it again with the same arguments
     kind, k, draws, temperature, seed: see `RecordingSettings`
     tokenizer: that of the rows; compared with the student's in training, and used for padding if
         there is no data_collator
-    data_collator: the one that training will use, if it makes the labels
+    data_collator: the collator of the later training, if it makes the labels
     batch_size: rows at a time on each process, of similar length
     teacher_placement: see `DistillationArguments`; teacher_model_kwargs: for `from_pretrained`
     returns: a memory-mapped `Dataset`, the same on every process
@@ -124,9 +124,9 @@ def _fill(
 
 
 def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) -> Dataset:
-    """A recording from the folder that `record` has filled, or from the Hub.
+    """Load a recording from the `output_dir` of `record`, or from the Hub.
 
-    split, kwargs: for `datasets.load_dataset`, where it comes from the Hub
+    split, kwargs: for `datasets.load_dataset`, if it is on the Hub
     raises: InputError for a recording that cannot be found or is not complete
     """
     folder = Path(id_or_path)
@@ -136,7 +136,9 @@ def load_recording(id_or_path: str | Path, split: str = "train", **kwargs: Any) 
         except (OSError, ValueError) as error:
             raise InputError(not_found("recording", id_or_path, error)) from error
         if COLUMN not in dataset.column_names:
-            raise InputError(f"{str(id_or_path)!r} has no column {COLUMN!r}: it is no recording")
+            raise InputError(
+                f"{str(id_or_path)!r} has no column {COLUMN!r}: give a data set made by record"
+            )
         return dataset
     return load_shards(folder, MANIFEST, "recording", "record")
 

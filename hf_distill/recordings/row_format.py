@@ -1,4 +1,4 @@
-"""The layout of a row's recording: a checksum, what it belongs to, and the encoded outputs.
+"""The layout of a row's recording: a checksum, a header, and the encoded outputs.
 
     4 bytes  checksum (CRC-32) of all that follows
     1        version of this layout and of the codec
@@ -12,8 +12,8 @@
     8        hash of the tokenizer, 0 if it was not known
     ...      the outputs, as encoded by `recordings.codec`
 
-Little-endian. The header is in every row, since what is stored beside a data set
-(`info.description`) survives neither Parquet nor streaming nor concatenation.
+Little-endian. The header is in every row, since metadata of a data set (`info.description`) is lost
+by Parquet, streaming and concatenation.
 """
 
 from __future__ import annotations

@@ -142,12 +142,14 @@ def load_shards(folder: Path, manifest: str, what: str, function: str) -> Datase
     except (OSError, ValueError):
         raise InputError(
             f"{str(folder)!r} holds no complete {what}, since it has no readable {manifest}: "
-            f"run `{function}` again, which goes on where it was interrupted"
+            f"run `{function}` again to continue it"
         ) from None
     paths = [folder / shard_name(index) for index in range(shards)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
-        raise InputError(f"{str(folder)!r} lacks {missing[0]}: {function} again, which fills it in")
+        raise InputError(
+            f"{str(folder)!r} lacks {missing[0]}: run `{function}` again to restore it"
+        )
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
 
@@ -200,6 +202,6 @@ def full_disk(folder: Path) -> Iterator[None]:
         for partial in folder.glob("*.partial"):
             partial.unlink(missing_ok=True)  # another process may be faster
         raise InputError(
-            f"the disk with {str(folder)!r} is full; {whole} finished shards are kept: make room, "
-            "and the same command goes on"
+            f"the disk with {str(folder)!r} is full; {whole} finished shards are kept: free disk "
+            "space, and run the same command again"
         ) from error

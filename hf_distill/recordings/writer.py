@@ -32,7 +32,7 @@ CHUNK_BYTES = 2**27  # memory for the logits of one chunk of targets
 
 @dataclass(frozen=True)
 class RecordingSettings:
-    """What is stored of the teacher's distributions.
+    """The settings of a recording.
 
     kind: "top_k", the k likeliest ids with the exact mass of all others; "sampled", `draws` draws
         from the distribution, for forward_kl; "full", every log-probability
@@ -128,7 +128,7 @@ class RecordingWriter:
         """The recording of each row, in the order of the rows.
 
         seed: of the draws; report: called after each batch with its rows, targets and bytes
-        batches: run the teacher at least this often, since other processes do
+        batches: run the teacher at least this often, as often as other processes do
         """
         generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
@@ -237,7 +237,7 @@ def _collator(task: Task, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if tokenizer is not None:
         return task_collator(task.key, tokenizer)
     if isinstance(task, CausalLM):
-        return Collator(0, 0)  # padding is masked, so that it may be any id
+        return Collator(0, 0)  # padding is masked, so it may be any id
     raise InputError(
         f"rows for {task.name} are padded by the teacher's tokenizer, which is not known: give "
         "tokenizer, or data_collator"

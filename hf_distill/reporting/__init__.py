@@ -1,1 +1,1 @@
-"""What people look at: tables, plots, the report, model cards, and publishing them."""
+"""Tables, plots, reports, model cards, and publishing."""

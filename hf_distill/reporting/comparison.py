@@ -40,8 +40,8 @@ RETAINED = (
     "written_rougeL",
     "written_agreement",
 )
-"""Not correlations, whose zero is no zero of quality, and squared errors, which depend on a unit;
-not calibration, since a teacher's is no goal for its student; nor the KL, the teacher's is 0."""
+"""Excluded are correlations and squared errors, whose ratios mean nothing; the calibration error,
+where the teacher's value is not a goal; and the KL, which is 0 for the teacher."""
 OTHERS = ("pearson", "spearman", "mse", "mse_to_teacher", "kl_to_teacher", "written_reverse_kl")
 
 

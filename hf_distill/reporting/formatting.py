@@ -1,7 +1,4 @@
-"""The figures that are reported of a model: names, units, directions and formats.
-
-Reports, comparisons and the model card take them from here.
-"""
+"""Names, units, directions and formats of all figures in reports, comparisons and model cards."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ class Figure:
     """One figure of a model.
 
     better: which direction is an improvement, None where neither is
-    judged: whether the better of baseline and student is worth marking; costs such as the size,
-        which both share by construction, are not
+    judged: whether to mark the better of baseline and student; not for costs such as the size,
+        which are equal by construction
     """
 
     key: str
@@ -126,7 +123,7 @@ DIVERGENCE_NAMES = {
 SPREAD = "_spread"
 LARGEST_SPREAD = 0.2
 BY_KEY = {figure.key: figure for figure in FIGURES}
-# The figures that say most of a model, each before those that say less beside it.
+# The most important figures of a model, the most important first.
 MAIN = (
     "entity_f1",
     "f1",

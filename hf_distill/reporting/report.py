@@ -114,15 +114,15 @@ def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str
         and (theirs := measured(models.get(rival), key)) is not None
     ]
     if not gains:
-        return f"{start}: there is no baseline to say what that gained."
+        return f"{start}: there is no baseline to compare with."
     parts = [_gain(*gain, RIVALS[rival]) for gain in gains]
     verdicts = [figure.prefers(ours, theirs) for figure, ours, theirs in gains]
     joint = " but " if len(set(verdicts)) > 1 else " and "
-    lost = "" if any(verdicts) else "; it did not pay here"
+    lost = "" if any(verdicts) else "; distillation did not help here"
     return f"{start} brought {joint.join(parts)}{lost}."
 
 
-# Whom a student is compared with, and how its figures are named.
+# The model that a student is compared with, and the possessive for its figures.
 RIVALS = {"baseline": "the baseline’s", "off_policy": "the off-policy student’s"}
 
 
@@ -177,7 +177,7 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def unequal(recipe: Mapping[str, Any]) -> list[str]:
-    """Sentences on what student and baseline did not learn alike, beside the divergence."""
+    """Sentences on further differences between the trainings of student and baseline."""
     found = []
     if annotate := _section(recipe, "annotate"):
         drawn, beams, texts = (annotate.get(key) for key in ("do_sample", "num_beams", "n"))
@@ -186,13 +186,13 @@ def unequal(recipe: Mapping[str, Any]) -> list[str]:
         how += f", {texts} for each row" if (texts or 1) > 1 else ""
         beside = " and the original ones" if annotate.get("keep_original") else ""
         found.append(
-            f"The student learnt targets that the teacher wrote ({how}){beside}; the baseline "
-            "learnt the original targets."
+            f"The student was trained on targets that the teacher wrote ({how}){beside}; the "
+            "baseline was trained on the original targets."
         )
     if _section(recipe, "data").get("unlabelled"):
         found.append(
-            "The student also learnt rows without labels, from the teacher alone; the baseline, "
-            "which has no teacher, could not use them."
+            "The student was also trained on rows without labels, by the divergence alone; the "
+            "baseline has no teacher and did not use them."
         )
     if _section(recipe, "off_policy"):
         found.append(

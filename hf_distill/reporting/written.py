@@ -1,4 +1,4 @@
-"""The section of a report on what students have written in their training."""
+"""The section of a report on the text that students generated during training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The interface of a task.
 
 Everything else (cross-entropy, temperature, divergence, counting, evaluation by row) is the same
-code for all tasks. To add one, subclass `Task` and list it in `tasks.find`.
+code for all tasks. To add a task, subclass `Task` and list it in `tasks.find`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ TARGET_INDEX = "target_index"
 
 
 class Task(ABC):
-    """What a model predicts.
+    """The targets, labels and outcomes of a kind of model.
 
-    A target is a place in a table (rows, positions). At each the model has logits over some
+    A target is an entry of a table (rows, positions). At each target the model has logits over
     outcomes: the ids of a vocabulary, classes, or the positions of a row.
 
     key: for `task=` and recipes; name: for logs and errors
@@ -79,8 +79,8 @@ class Task(ABC):
         if not self.has_labels(batch):
             needed = " and ".join(n for n in self.label_names if n != "shift_labels")
             raise InputError(
-                f"the batch has no {needed}, only {', '.join(batch)}: the loss is taken where a "
-                "label is; add such a column, or a collator that makes one"
+                f"the batch has no {needed}, only {', '.join(batch)}, but the loss needs labels: "
+                "add such a column, or a collator that makes one"
             )
 
     def given_labels(self, batch: Mapping[str, Any]) -> Any:
@@ -91,8 +91,8 @@ class Task(ABC):
     def target_index(self, batch: Mapping[str, Any]) -> Tensor:
         """The places of the targets in (rows * positions), (targets,) int64, ascending.
 
-        On an accelerator the host waits for the device; on the CPU, as in a collator, it costs
-        little, and the result serves `targets` wherever the batch has been moved.
+        On an accelerator the host waits for the device. In a collator, on the CPU, it costs little;
+        move the result with the batch and pass it to `targets`.
         """
         return index_of(self.labels(batch))
 
@@ -109,7 +109,7 @@ class Task(ABC):
         return count_by_row(self.labels(batch), mask, self.weights(batch))
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What a model may see of a batch: all but labels and weights."""
+        """The entries of a batch for the model: all but labels and weights."""
         withheld = {*self.label_names, *WEIGHTS, TARGET_INDEX}
         return {name: value for name, value in batch.items() if name not in withheld}
 
@@ -123,7 +123,7 @@ class Task(ABC):
     def _wrong_label(self, label: int, outcomes: int) -> str:
         return (
             f"a label is the token id {label}, but the student predicts only the ids 0 to "
-            f"{outcomes - 1} (and -100 is no label): use the tokenizer that it was made for"
+            f"{outcomes - 1} (-100 means no label): use the student's own tokenizer"
         )
 
     # ---- Models ----

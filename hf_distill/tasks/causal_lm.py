@@ -18,14 +18,14 @@ OTHERS = OTHER_HEADS.union(*(names for key, (_, names) in HEADS.items() if key !
 
 
 class CausalLM(Task):
-    """Labels are the inputs moved one to the left; targets are attended on both sides."""
+    """Labels are the inputs shifted one to the left; a target and its predictor are attended."""
 
     key: ClassVar[str] = "causal-lm"
     name: ClassVar[str] = "causal language modelling"
 
     @classmethod
     def refusal(cls, model: Any) -> str | None:
-        """See `Task.refusal`. Says once where a decoder would see the tokens it predicts."""
+        """See `Task.refusal`. Warns once if a decoder attends to the tokens that it predicts."""
         config, kind = model.config, type(model).__name__
         if getattr(config, "is_encoder_decoder", False):
             return "it is an encoder-decoder, whose labels are those of its decoder"
@@ -35,8 +35,8 @@ class CausalLM(Task):
             return "it has no language-model head: load it with AutoModelForCausalLM"
         if getattr(config, "is_decoder", None) is False and _attends_both_ways(config):
             warn_once(
-                "%s has is_decoder=False in its config, so that every position sees the tokens "
-                "after it, the predicted one among them: set is_decoder=True for a causal model.",
+                "%s has is_decoder=False in its config, so every position attends to the tokens "
+                "after it, including the predicted one: set is_decoder=True for a causal model.",
                 kind,
             )
         return None

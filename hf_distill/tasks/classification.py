@@ -23,7 +23,7 @@ NUMBERS = "regression"
 
 @dataclass(frozen=True)
 class SequenceClassification(Task):
-    """One label for a row, several that exclude nothing, or numbers.
+    """One label per row, several independent labels, or numbers.
 
     problem: as in a config's `problem_type`
     classes: the number of labels in the config
@@ -116,7 +116,7 @@ class SequenceClassification(Task):
         if self.problem == NUMBERS and divergence not in (forward_kl, reverse_kl):
             raise InputError(
                 "the student predicts numbers, for which the divergence from the teacher is the "
-                "squared error: leave divergence at forward_kl"
+                "squared difference: set divergence to forward_kl"
             )
 
     def check_pair(self, student: Any, teacher: Any) -> None:
@@ -185,7 +185,7 @@ class TokenClassification(Task):
 
 
 def check_classes(student: Any, teacher: Any) -> None:
-    """InputError where two configs have other classes, or the same in another order."""
+    """InputError if two configs have different classes, or the same in another order."""
     if student.num_labels != teacher.num_labels:
         raise InputError(
             f"the student has {student.num_labels} classes and the teacher {teacher.num_labels}, "

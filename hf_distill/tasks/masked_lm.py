@@ -1,4 +1,4 @@
-"""Masked language modelling: the tokens that were masked are predicted where they stood."""
+"""Masked language modelling: masked tokens are predicted at their own positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_distill.tasks.base import Task
 
 
 class MaskedLM(Task):
-    """Labels stand where the masked tokens are; padding is no target."""
+    """Labels are at the positions of the masked tokens; padding is not a target."""
 
     key: ClassVar[str] = "masked-lm"
     name: ClassVar[str] = "masked language modelling"

@@ -26,8 +26,8 @@ MASKS = ("attention_mask", ANSWER_MASK)
 class QuestionAnswering(Task):
     """A row has two targets, start and end. Their outcomes are the row's positions.
 
-    Padding is no outcome, nor what `answer_mask` leaves out if the rows have one. A question
-    without an answer has the position of the first token as both labels.
+    Padding is not an outcome, and neither are positions where `answer_mask`, if the rows have it,
+    is 0. A question without an answer has the position of the first token as both labels.
     """
 
     key: ClassVar[str] = "question-answering"
@@ -73,6 +73,6 @@ class QuestionAnswering(Task):
             if not bool(possible.all()):
                 row = int(targets.row_of[~possible][0])
                 raise InputError(
-                    f"the answer of row {row} of a batch is where {name} is 0, so that no model "
-                    "may give it: check how the positions were made"
+                    f"the answer of row {row} of a batch is where {name} is 0, so it cannot be "
+                    "predicted: check how the positions were made"
                 )

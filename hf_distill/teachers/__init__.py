@@ -46,8 +46,8 @@ def as_teacher(
         )
     if isinstance(teacher, AdapterTeacher) and placement in ("sharded", "offloaded"):
         raise InputError(
-            f"teacher_placement is {placement!r}, but this teacher has the student's own weights, "
-            "whose place the student's engine decides: leave teacher_placement at 'auto'"
+            f"teacher_placement is {placement!r}, but this teacher uses the student's own weights, "
+            "which the student's engine places: leave teacher_placement at 'auto'"
         )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher

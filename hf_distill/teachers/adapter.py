@@ -34,19 +34,19 @@ class AdapterTeacher(LiveTeacher):
     ) -> None:
         if not isinstance(model, PeftModel):
             raise InputError(
-                f"a {type(model).__name__} has no adapter to switch off, and so cannot teach "
-                "itself: give a peft model (peft.get_peft_model), or another teacher"
+                f"a {type(model).__name__} has no adapter to switch off, so it cannot be its own "
+                "teacher: give a peft model (peft.get_peft_model), or another teacher"
             )
         if adapter is not None and adapter not in model.peft_config:
             known = ", ".join(map(repr, model.peft_config))
             raise InputError(
-                f"the student has no adapter {adapter!r} to teach it, only {known}: load it with "
+                f"the student has no adapter {adapter!r}, only {known}: load it with "
                 "model.load_adapter(path, adapter_name=...)"
             )
         if adapter is not None and adapter in model.active_adapters:
             raise InputError(
-                f"adapter {adapter!r} is the one that is trained, so that it would agree with "
-                "itself: name another one, or None for the base model"
+                f"adapter {adapter!r} is the one being trained, so the divergence would be 0: name "
+                "another adapter, or None for the base model"
             )
         self.adapter = adapter
         # "" stands for no adapter: which head is replaced depends on it.
@@ -54,19 +54,20 @@ class AdapterTeacher(LiveTeacher):
         self.name = f"{self.name} ({f'adapter {adapter}' if adapter else 'adapter off'})"
 
     def prepare(self, accelerator: Accelerator, *, student_reads: int) -> None:
-        """Nothing has to move: the student's engine has the weights."""
+        """Log the teacher. No weights move, since the student's engine holds them."""
         accelerator.print(f"teacher: {self.name}, the student's own weights")
         self._follow(accelerator, student_reads)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The teaching adapter active, or none; the student's adapters, modes and flags restored.
+        """A context with the teacher's adapter active, or none; restores the student's afterwards.
 
-        The tuner holds all active adapters; the `peft` model itself knows only one of them.
+        Adapters, modes and gradient flags are restored. The tuner lists all active adapters; the
+        `peft` model lists only one.
         """
         model = self.model
         training, active, current = model.training, model.active_adapters, model.active_adapter
-        # peft changes these flags when it switches adapters, and would train what was frozen.
+        # peft changes these flags when it switches adapters, and would unfreeze frozen weights.
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             with super().active():

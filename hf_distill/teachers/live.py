@@ -24,9 +24,9 @@ from hf_distill.teachers.placement import check_placement, place
 class LiveTeacher:
     """A model in this process as a teacher.
 
-    Its dtype, attention and quantisation stay as it was loaded.
+    Its dtype, attention implementation and quantisation stay as loaded.
     task: its key, by default that of the model's class
-    whole_logits: compute all of its logits instead of handing over the inputs of its output head
+    whole_logits: compute whole logits instead of returning the inputs of the output head
     placement: "auto", "replicated", "sharded" or "offloaded"; see docs/scaling.md
     """
 

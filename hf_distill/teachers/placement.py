@@ -131,7 +131,7 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
         if placement not in ("auto", "replicated"):
             raise InputError(
                 f"teacher_placement is {placement!r}, but this teacher is quantised or has a "
-                "device_map, and stays where that has put it: leave teacher_placement at 'auto'"
+                "device_map, and cannot be moved: leave teacher_placement at 'auto'"
             )
         _meet_inputs(model, accelerator.device)
         return f"as loaded, {_mb(weight_bytes(model))}"
@@ -151,10 +151,10 @@ def place(model: PreTrainedModel, placement: str, accelerator: Accelerator) -> s
 
 
 def _meet_inputs(model: PreTrainedModel, device: torch.device) -> None:
-    """Bring a model that is whole on one device and its inputs, which are on another, together.
+    """Put a model and its inputs on the same device.
 
-    A quantised model moves if its kind can. Another one was put there by its device map, and a hook
-    takes the inputs there and the outputs back, as for a model spread over several devices.
+    A quantised model is moved if its kind of quantisation allows it. A model with a device map
+    stays, and a hook moves inputs to it and outputs back, as for a model on several devices.
     """
     if hasattr(model, "_hf_hook") or _same(model.device, device):
         return

@@ -18,9 +18,9 @@ class Teacher(Protocol):
 
     name: an id for logs and model cards; rows: the number of ids that it predicts
     tokenizer: the teacher's own, if it is known, to check that the ids mean the same
-    A teacher may have an attribute `together`. True means that all processes have to call `signal`
-    at once, because its weights are in shards. With an attribute `reads`, the number of ids in its
-    embedding, the trainer's collator refuses rows with other ids.
+    A teacher may have an attribute `together`: True means that all processes have to call `signal`
+    at once, because its weights are sharded. It may have an attribute `reads`, the number of ids in
+    its embedding: the trainer's collator then refuses rows with other ids.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The settings of a distillation, beside those of `TrainingArguments`."""
+"""The settings of a distillation, in addition to those of `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRACKERS = {
 class DistillationArguments(OnPolicyArguments):
     """`transformers.TrainingArguments` with the settings of a distillation.
 
-    raises: InputError for a value out of range or an option that a distillation cannot honour
+    raises: InputError for a value out of range, or an option that does not fit distillation
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in the base class, which is no ClassVar
@@ -50,8 +50,7 @@ class DistillationArguments(OnPolicyArguments):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": f"One of {', '.join(DIVERGENCES)}. "
-            "A function of your own is given to the trainer."
+            "help": f"One of {', '.join(DIVERGENCES)}. Pass a function of your own to the trainer."
         },
     )
     beta: float = field(
@@ -64,7 +63,7 @@ class DistillationArguments(OnPolicyArguments):
     features: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Losses between inner states of student and teacher: weights by name, of "
+            "help": "Losses between internal states of student and teacher: weights for any of "
             f"{', '.join(KINDS)}; see docs/features.md."
         },
     )
@@ -78,20 +77,20 @@ class DistillationArguments(OnPolicyArguments):
     head_memory_mb: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for the logits of student and teacher at a time, in MB; by default "
-            "136, or three quarters of the output head's gradient where that is more."
+            "help": "Memory in MB for the logits of student and teacher at a time; by default "
+            "136, or three quarters of the size of the output head's gradient if that is more."
         },
     )
     mixed_recordings: bool = field(
         default=False,
-        metadata={"help": "Let rows have recordings of different teachers."},
+        metadata={"help": "Allow recordings of different teachers in one data set."},
     )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Raw rows: the most tokens of a row, a source, or a question with its part of "
-            "a context. By default 1024, for questions 384, or as many as student and tokenizer "
-            "take."
+            "help": "Raw rows: most tokens of a row, of a source, or of a question with its part "
+            "of the context. By default 1024, for questions 384, or fewer if student or tokenizer "
+            "take fewer."
         },
     )
     packing: bool = field(
@@ -101,67 +100,68 @@ class DistillationArguments(OnPolicyArguments):
     completion_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Raw rows: learn completions only. By default True for prompt/completion rows."
+            "help": "Raw rows: loss on completions only. By default True for prompt/completion "
+            "rows."
         },
     )
     assistant_only_loss: bool = field(
         default=False,
-        metadata={"help": "Raw rows of messages: learn the assistant's turns only."},
+        metadata={"help": "Raw rows of messages: loss on the assistant's turns only."},
     )
     max_target_length: int | None = field(
         default=None,
         metadata={
-            "help": "Raw rows of an encoder-decoder: the most tokens of a target text. By default "
-            "128, or as many as student and tokenizer take."
+            "help": "Raw rows of an encoder-decoder: most tokens of a target text. By default "
+            "128, or fewer if student or tokenizer take fewer."
         },
     )
     source_prefix: str = field(
         default="",
-        metadata={"help": "Raw rows of an encoder-decoder: put before each source text."},
+        metadata={"help": "Raw rows of an encoder-decoder: text put before each source."},
     )
     source_lang: str | None = field(
         default=None,
         metadata={
-            "help": "Raw rows of translations: the language of sources, as a field of "
-            "`translation` and, where the tokenizer has them, a language code."
+            "help": "Raw rows of translations: the language of the sources. Names a field of "
+            "`translation` and, if the tokenizer has language codes, one of these."
         },
     )
     target_lang: str | None = field(
-        default=None, metadata={"help": "Raw rows of translations: the language of targets."}
+        default=None, metadata={"help": "Raw rows of translations: the language of the targets."}
     )
     doc_stride: int | None = field(
         default=None,
         metadata={
-            "help": "Raw rows of questions: tokens that two windows of a long context share. By "
-            "default a third of max_length."
+            "help": "Raw rows of questions: tokens that consecutive windows of a long context "
+            "share. By default a third of max_length."
         },
     )
     mlm_probability: float = field(
         default=0.15,
-        metadata={"help": "Rows of text for masked language modelling: the share that is masked."},
+        metadata={"help": "Masked language modelling: the share of tokens that is masked."},
     )
     teacher_placement: str = field(
         default="auto",
         metadata={
             "help": "Where the teacher's weights are stored: 'replicated' on every device, "
-            "'sharded' over them, 'offloaded' to the CPU, or 'auto', which chooses by their size."
+            "'sharded' over the devices, 'offloaded' to the CPU, or 'auto' by their size."
         },
     )
     teacher_model_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Passed to from_pretrained where the teacher is an id or a path."},
+        metadata={"help": "Passed to from_pretrained if the teacher is an id or a path."},
     )
     student_model_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Passed to from_pretrained where the student is an id or a path."},
+        metadata={"help": "Passed to from_pretrained if the student is an id or a path."},
     )
 
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Trainer's filter of losses that are not finite, which waits for the device "
-            "after each micro-batch. Without it such a loss ends the training, and one that fp16 "
-            "skips counts as the mean of the others in the log."
+            "help": "Trainer's filter for losses that are not finite. It waits for the device "
+            "after each micro-batch. Without it, such a loss ends the training; under fp16 the "
+            "step is skipped, and the log replaces its loss by the mean of the others."
         },
     )
 
@@ -171,12 +171,12 @@ class DistillationArguments(OnPolicyArguments):
         super().__post_init__()
         loading: Any = self.accelerator_config  # post-init has read any dictionary or JSON file
         if "non_blocking" not in chosen:
-            # From pinned memory a batch is copied beside the step before. Without pinned memory
-            # copies wait in any case.
+            # From pinned memory, a batch is copied while the previous step runs. Without pinned
+            # memory, copies block in any case.
             loading.non_blocking = self.dataloader_pin_memory
         if loading.dispatch_batches is None:
-            # Each process reads its own rows of a stream. accelerate's default, one process that
-            # joins the batches of all, fails where batches are padded to different widths.
+            # Each process reads its own rows of a stream. By accelerate's default one process joins
+            # the batches of all, which fails if batches are padded to different widths.
             loading.dispatch_batches = False
         feature_settings(self.features)
         self._refuse_unsupported()
@@ -196,8 +196,8 @@ class DistillationArguments(OnPolicyArguments):
                 )
         if self.label_smoothing_factor:
             raise InputError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, which a distillation "
-                "does not apply, since the teacher's distribution smooths the labels: set it to 0"
+                f"label_smoothing_factor is {self.label_smoothing_factor}, but distillation does "
+                "not apply it, since the teacher's distribution smooths the labels: set it to 0"
             )
         if self.use_liger_kernel:
             raise InputError(
@@ -207,7 +207,7 @@ class DistillationArguments(OnPolicyArguments):
         if self.parallelism_config is not None:
             raise InputError(
                 "parallelism_config splits sequences or tensors over devices, which the divergence "
-                "does not follow: use DDP, DeepSpeed or FSDP through `accelerate launch` instead"
+                "does not support: use DDP, DeepSpeed or FSDP through `accelerate launch` instead"
             )
         if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
             raise InputError(

@@ -50,7 +50,7 @@ def card_facts(
     dataset: str | list[str] | None = None,
     **_: Any,
 ) -> CardFacts:
-    """What a trainer knows for its card: teacher, objective, and what it evaluated last."""
+    """The facts of a trainer's model card: teacher, objective, and the last evaluation."""
     args, config, folder = trainer.args, trainer.model.config, trainer.args.output_dir
     evaluated = [entry for entry in trainer.state.log_history if "eval_ce" in entry]
     return CardFacts(

@@ -1,4 +1,4 @@
-"""Which checkpoints are complete, and which can be resumed. Trainer does not write atomically."""
+"""Find complete and resumable checkpoints. Trainer does not write checkpoints atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, on every rank.
 
     `trainer_state.json` is the last file that Trainer writes. `DistillationTrainer` puts a barrier
-    before it, so that it stands for all ranks.
+    before it, so the file exists only after all ranks have finished.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
@@ -37,7 +37,7 @@ def checkpoint_to_resume(
     """The checkpoint that `train(resume_from_checkpoint=...)` means; None for a fresh start.
 
     deepspeed: whether DeepSpeed trains now
-    raises: InputError where there is no complete one, or another engine has written it
+    raises: InputError if there is no complete one, or if another engine has written it
     """
     if wanted is True:
         wanted = last_complete_checkpoint(output_dir)
@@ -59,22 +59,21 @@ def checkpoint_to_resume(
 
 
 def _check_engine(checkpoint: Path, deepspeed: bool) -> None:
-    """Refuse, or say, what cannot be taken over from another engine's checkpoint."""
+    """Refuse another engine's checkpoint, or log which parts of it cannot be used."""
     written_by_deepspeed = any(checkpoint.glob("global_step*"))
     if deepspeed and not written_by_deepspeed:
         raise InputError(
             f"checkpoint {str(checkpoint)!r} was not written under DeepSpeed, which cannot "
-            "read it: go on as it was started, or give that folder as the model"
+            "read it: resume with the engine that wrote it, or give that folder as the model"
         )
     if written_by_deepspeed and not deepspeed:
         if not list(checkpoint.glob("*.safetensors")):
             raise InputError(
                 f"checkpoint {str(checkpoint)!r} has its weights in DeepSpeed's shards only: "
-                "go on under DeepSpeed, or write them out with its zero_to_fp32.py "
+                "resume under DeepSpeed, or convert them with its zero_to_fp32.py "
                 "(zero3_save_16bit_model: true in accelerate's configuration saves them whole)"
             )
         warn_once(
-            "%s was written under DeepSpeed: its weights are used, and the optimizer begins "
-            "afresh.",
+            "%s was written under DeepSpeed: its weights are used, with a new optimizer.",
             checkpoint,
         )

@@ -24,10 +24,10 @@ from hf_distill.training.target_index import TargetIndex
 
 @dataclass
 class CheckingCollator:
-    """Wraps a collator.
+    """Wraps a collator with checks.
 
-    A token id or a label that a model lacks would end a process on a GPU without a message, and
-    looking there would wait for the device. Here, on the CPU and in the workers, it costs nothing.
+    On a GPU, an unknown token id or label would abort the process without a message, and a check
+    there would wait for the device. Here, on the CPU and in the workers, the check is free.
 
     collator: rows to a padded batch
     task: decides which positions are targets
@@ -36,8 +36,8 @@ class CheckingCollator:
     end_of_text: the tokenizer's end-of-text token where it is also its padding token
     indexed: attach the index of the targets (`training.target_index`); False where batches are
         joined or cut after the collator
-    weighted: the columns of weights that some rows have. Every batch then has them: a step's mean
-        would otherwise be taken over the targets of some micro-batches only
+    weighted: the columns of weights that some rows have. Every batch then gets them; otherwise a
+        step's mean would be over the targets of some micro-batches only
     raises: InputError naming the id
     """
 
@@ -71,7 +71,7 @@ class CheckingCollator:
         return batch
 
     def check(self, batch: Any) -> Tensor | None:
-        """Refuse what a model cannot read or predict; make padding a token that all models have.
+        """Refuse ids and labels that a model lacks; set padding to a token that all models have.
 
         returns: the index of the targets (`Task.target_index`), None for a batch without labels
         """
@@ -95,30 +95,30 @@ class CheckingCollator:
         if mask is not None and mask.shape == labels.shape:
             if bool(((mask == 0) & (labels != IGNORE)).any()):
                 self._say(
-                    "The labels hold padding, as after labels = input_ids.clone(). It is left out "
-                    "of the loss; set labels to -100 where attention_mask is 0."
+                    "The labels include padding, as after labels = input_ids.clone(). It is left "
+                    "out of the loss: set labels to -100 where attention_mask is 0."
                 )
             if isinstance(ids, Tensor) and self.end_of_text is not None:
                 self._look_for_masked_ends(ids, labels, mask)
 
     def _look_for_copies(self, ids: Any, labels: Tensor) -> None:
-        """Rows of a causal model teach an encoder-decoder to copy."""
+        """Warn of labels that equal the inputs: an encoder-decoder would learn to copy."""
         if not isinstance(ids, Tensor) or ids.shape != labels.shape:
             return
         if bool(((labels == ids) | (labels == IGNORE)).all()):
             self._say(
-                "The labels are the inputs, as in rows of a causal model, so that the "
-                "encoder-decoder learns to copy its source: give the target text as labels."
+                "The labels equal the inputs, as in rows of a causal model, so the encoder-decoder "
+                "would learn to copy its source: give the target text as labels."
             )
 
     def _look_for_masked_ends(self, ids: Tensor, labels: Tensor, mask: Tensor) -> None:
-        """Some collators mask every padding token, real end-of-text tokens among them."""
+        """Warn of collators that mask real end-of-text tokens together with padding."""
         ends = (ids == self.end_of_text) & (mask != 0)
         learnt_before = torch.nn.functional.pad(labels[:, :-1] != IGNORE, (1, 0))
         if bool((ends & learnt_before).any()) and not bool((ends & (labels != IGNORE)).any()):
             self._say(
-                "The padding token is the end-of-text token, and the labels mask both, so that the "
-                "student does not learn to stop: give the tokenizer a padding token of its own, or "
+                "The padding token is the end-of-text token, and the labels mask both, so the "
+                "student does not learn to stop: give the tokenizer a separate padding token, or "
                 "mask by attention_mask (hf_distill.data.collator does)."
             )
 
@@ -130,7 +130,7 @@ class CheckingCollator:
 
 
 class EpochOfMasks(TrainerCallback):
-    """Tells a collator the epoch, on which the masks of masked language modelling depend."""
+    """Sets the epoch of a collator, on which the masks of masked language modelling depend."""
 
     def __init__(self, collator: TaskCollator) -> None:
         self._collator = collator
@@ -159,7 +159,7 @@ def checking_collator(
     end = getattr(tokenizer, "eos_token_id", None)
     shared_end = end if end == getattr(tokenizer, "pad_token_id", None) else None
     embeddings = {"student": student.embedding_rows}
-    # Where a subclass makes the teacher's inputs, its ids are not those of the batch.
+    # If a subclass makes the teacher's inputs, their ids are not those of the batch.
     if teacher is not None and not trainer.overrides("teacher_inputs"):
         reads = getattr(teacher, "reads", student.embedding_rows)
         if reads < student.embedding_rows:

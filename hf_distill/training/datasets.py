@@ -16,15 +16,15 @@ from hf_distill.training.task_row_preparation import TaskRowPreparation
 def prepare_datasets(
     args: DistillationArguments, student: Any, given: dict[str, Any], task: str | None = None
 ) -> None:
-    """Tokenize the raw data sets among a trainer's arguments, in place, and say what was done.
+    """Tokenize the raw data sets among a trainer's arguments, in place, and print the results.
 
-    given: the trainer's keyword arguments; a tokenizer that had to be found is added to them, and
-        a collator where there is none
+    given: the trainer's keyword arguments; a tokenizer that was found, and a collator if there is
+        none, are added to them
     task: its key, None for that of the student's class
     """
     own = given.get("data_collator") is not None
     if student is None and given.get("model_init") is not None:
-        # Made once more only to see its task and its config.
+        # Made an additional time, only to read its task and its config.
         init = given["model_init"]
         student = init(None) if inspect.signature(init).parameters else init()
     prepare = _preparation(args, given.get("processing_class"), student, task, own_collator=own)

@@ -14,7 +14,7 @@ from hf_distill.training.loss import BatchLoss
 
 
 class EvaluationSums:
-    """What one evaluation has added up so far."""
+    """The sums of one evaluation so far."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

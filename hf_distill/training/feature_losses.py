@@ -41,8 +41,8 @@ class FeatureLoss:
         for found, place, role in zip((ours, theirs), pair, ("student", "teacher"), strict=True):
             if place not in found:
                 raise InputError(
-                    f"features: {self.name} finds no {place.what} at {place} of the {role}: it "
-                    "computes attention in a way of its own"
+                    f"features: {self.name} finds no {place.what} at {place} of the {role}, which "
+                    "does not use transformers' attention functions: leave out this feature"
                 )
         student, teacher = ours[pair[0]], theirs[pair[1]]
         kind = self.setting.kind
@@ -58,8 +58,8 @@ class FeatureLoss:
             if maps.shape != wanted.shape:
                 raise InputError(
                     f"features: {self.name} compares maps of the shape {tuple(maps.shape)} with "
-                    f"the teacher's {tuple(wanted.shape)}, but needs as many heads and positions: "
-                    "'relations' compares models with other heads"
+                    f"the teacher's {tuple(wanted.shape)}, but needs equal heads and positions: "
+                    "for models with different heads use 'relations'"
                 )
             self._check_gradient(maps, pair[0])
             return attention_kl(maps, wanted.to(maps.device), mask)

@@ -1,4 +1,4 @@
-"""The settings of feature losses: which there are, their weights and their layers."""
+"""The settings of feature losses: kinds, weights and layers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class FeatureSetting:
-    """One feature loss as it was asked for.
+    """The settings of one feature loss.
 
     layers: a rule, pairs, or one of these for each stack by name
     heads: relation heads; None for as many as the teacher has attention heads
@@ -81,14 +81,13 @@ def feature_settings(given: Any) -> list[FeatureSetting]:
     """The feature losses that `DistillationArguments.features` asks for.
 
     given: None, or for each kind a weight or a mapping {weight, layers, heads}
-    raises: InputError for a kind or a value that there is not
+    raises: InputError for an unknown kind or a wrong value
     """
     if given is None:
         return []
     if not isinstance(given, Mapping):
         raise InputError(
-            f"features is {given!r}, but has to map kinds to weights, as in "
-            '{"hidden_cosine": 1.0}'
+            f'features is {given!r}, but must map kinds to weights, as in {{"hidden_cosine": 1.0}}'
         )
     return [_setting(str(kind), value) for kind, value in given.items()]
 

@@ -1,4 +1,4 @@
-"""Feature losses: terms of the objective that compare inner states of student and teacher."""
+"""Feature losses: terms of the objective that compare internal states of student and teacher."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ class Features:
                 handle.remove()
 
     def check_written(self, asked: Mapping[str, Any] | None) -> None:
-        """InputError where the teacher sees another batch than the student. asked: that batch"""
+        """InputError if the teacher reads another batch than the student. asked: that batch"""
         if asked is not None and self:
             raise InputError(
-                "features compare layers at the same positions, but the teacher sees other prompts "
-                "than the student: leave out features, or the column of the teacher's prompts"
+                "features compare layers at the same positions, but the teacher reads other "
+                "prompts than the student: leave out features, or the column of teacher prompts"
             )
 
     def terms(
@@ -203,25 +203,25 @@ class Features:
 
 
 def make_features(trainer: Any) -> Features:
-    """The feature losses of a trainer; InputError where they cannot be had."""
+    """The feature losses of a trainer; InputError if they cannot be computed."""
     settings, student = feature_settings(trainer.args.features), base_model(trainer.model)
     if not settings:
         return Features(student)
     if not isinstance(trainer.teacher, LiveTeacher) or trainer._recorded is not None:
         raise InputError(
-            "features compare the student's layers with a teacher's, which neither recordings nor "
-            "teachers of your own have: train on rows without recordings, with a model as teacher"
+            "features compare the student's layers with the teacher's, but recordings and custom "
+            "teachers have no layers: train on rows without recordings, with a model as teacher"
         )
     if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise InputError(
-            "features are taken out of the layers by hooks, which torch.compile does not follow: "
-            "set torch_compile to False"
+            "features read the layers by hooks, which torch.compile does not support: set "
+            "torch_compile to False"
         )
     features = Features(student, base_model(trainer.teacher.model), settings, trainer.args.seed)
     if features.projections and trainer.optimizer is not None:
         raise InputError(
-            "features of another width are projected by weights that an optimizer of your own does "
-            "not have: leave out optimizers="
+            "features of another width need trained projections, which an optimizer of your own "
+            "does not include: leave out optimizers="
         )
     return features
 
@@ -285,8 +285,8 @@ class _Join(torch.autograd.Function):
 def _joined(outputs: Any, states: Sequence[Tensor]) -> Any:
     """The outputs of a forward, from which the graph also leads to these states.
 
-    DDP looks from the outputs for the weights that a forward has used. It would not wait for the
-    gradients of any others.
+    DDP searches the graph from the outputs for the weights that a forward has used, and does not
+    wait for the gradients of other weights.
     """
     if not states or not torch.is_grad_enabled():
         return outputs

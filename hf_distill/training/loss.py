@@ -30,7 +30,7 @@ Evaluated = tuple[Tensor, dict[str, tuple[Tensor, str]]]
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """What one micro-batch gave.
+    """The loss of one micro-batch, in parts.
 
     loss: 0-dim, the objective without its terms, times the scale; carries the gradient
     per_target: values at the targets times their weights, with the name of their denominator
@@ -72,9 +72,9 @@ class DistillationLoss:
     teacher: None where batches carry recordings, or alpha is 0
     step_targets: the index of the targets where the trainer's collator has made it
     teacher_inputs, extra_terms: the trainer's hooks
-    features: losses between inner states of student and teacher
+    features: losses between internal states of student and teacher
     auxiliary_weight: of the student's own auxiliary loss (`outputs.aux_loss`)
-    judging: a context around the live teacher's forward, to time it
+    judging: a context around the live teacher's forward, which times it
     """
 
     student: ModelRunner
@@ -102,7 +102,7 @@ class DistillationLoss:
         model: the student, wrapped by an engine or not; batch: on its device, with labels
         counts: of the whole optimizer step (see `step_counts`)
         processes: by which engines divide when they average gradients
-        whole_logits: somebody wants to see `outputs.logits`
+        whole_logits: the caller needs `outputs.logits`
         raises: InputError where alpha is above 0 and there is neither teacher nor recording
         """
         self.student.check_length(batch)  # before the teacher, which may take fewer tokens
@@ -149,7 +149,7 @@ class DistillationLoss:
         )
 
     def asked(self, inputs: Mapping[str, Any], targets: Targets) -> Signal:
-        """The live teacher's signal at the targets. inputs: what it sees of a batch"""
+        """The live teacher's signal at the targets. inputs: the teacher's part of a batch"""
         assert self.teacher is not None
         with self.judging():
             return self.teacher.signal(inputs, targets)

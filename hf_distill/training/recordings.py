@@ -40,7 +40,7 @@ def find_recordings(
 
 
 def _refuse_different(headers: Mapping[str, Header], *, mixed: bool) -> None:
-    """One collator reads all sets, so they must have been recorded in one way."""
+    """InputError for sets that were recorded in different ways, since one collator reads all."""
     fields = ("kind", "k", "temperature", "vocabulary", *(() if mixed else ("teacher",)))
     for (first, expected), (name, header) in pairwise(headers.items()):
         for field in fields:

@@ -28,12 +28,12 @@ DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
 
 
 class RowPreparation:
-    """Tokenizes raw rows; rows that have token ids already pass untouched.
+    """Tokenizes raw rows; rows that have token ids are not changed.
 
-    tokenizer: the trainer's `processing_class`; found beside a local student if it is missing
+    tokenizer: the trainer's `processing_class`; by default the one in a local student's folder
     positions: the most tokens that the student takes, None if there is no limit
     own_collator: whether the user gave a collator
-    lines: what was done, one line for each data set
+    lines: one line for each data set, which reports the result
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class RowPreparation:
         """Whether rows with these columns are prompts whose completions the student writes."""
         if self.args.on_policy and TEACHER_PROMPT in names and "completion" in names:
             raise InputError(
-                f"the rows have {TEACHER_PROMPT!r} and completions, but a teacher with a prompt of "
-                "its own judges what the student writes: leave out the column 'completion'"
+                f"the rows have {TEACHER_PROMPT!r} and completions, but a teacher with its own "
+                "prompt is for text that the student generates: leave out the column 'completion'"
             )
         return bool(self.args.on_policy) and holds_prompts(names)
 
@@ -144,7 +144,7 @@ class RowPreparation:
             self.tokenizer = local_tokenizer(getattr(self._model, "name_or_path", None))
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise InputError(
-                f"{name} holds raw rows, but the trainer has no tokenizer to make tokens of them: "
+                f"{name} holds raw rows, but the trainer has no tokenizer for them: "
                 "pass processing_class="
             )
         return self.tokenizer

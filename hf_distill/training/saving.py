@@ -1,4 +1,4 @@
-"""What a trainer saves, restores and publishes."""
+"""Save, restore and publish a trainer's model and state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_distill.training.loss import DistillationLoss
 
 
 class SavingMixin(Trainer):
-    """A Trainer whose checkpoints are complete or not there, and hold no pickle to publish."""
+    """A Trainer with atomic checkpoints and without pickled files among the published ones."""
 
     args: DistillationArguments
     _loss: DistillationLoss
 
-    # A barrier before the last file of a checkpoint, `trainer_state.json`: it then says that every
+    # A barrier before the last file of a checkpoint, `trainer_state.json`: if it exists, every
     # process has finished its part.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -19,10 +19,10 @@ class Seq2SeqDistillationArguments(DistillationArguments, Seq2SeqTrainingArgumen
 
 
 class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
-    """A `DistillationTrainer` for encoder-decoders that can also write while it evaluates.
+    """A `DistillationTrainer` for encoder-decoders that can also generate during evaluation.
 
-    args: `Seq2SeqDistillationArguments`; with `predict_with_generate` the predictions that
-        `compute_metrics` gets are written tokens, by greedy search or `generation_num_beams`
+    args: `Seq2SeqDistillationArguments`; with `predict_with_generate`, `compute_metrics` receives
+        generated tokens, by greedy search or with `generation_num_beams`
     The other arguments are those of `DistillationTrainer`.
     """
 
@@ -54,7 +54,7 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
         return loss, written, labels
 
     def _sources(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `generate` is given: no labels, and no decoder inputs that were made of them."""
+        """The inputs of `generate`, without labels and decoder inputs made from them."""
         labels, decoder = inputs.get("labels"), inputs.get("decoder_input_ids")
         made = decoder is None or (labels is not None and labels.shape == decoder.shape)
         left_out = ("decoder_input_ids", "decoder_attention_mask") if made else ()

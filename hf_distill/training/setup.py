@@ -1,4 +1,4 @@
-"""What a trainer checks and makes at construction: the student, its adapter, its task."""
+"""Check and make the parts of a trainer at construction: student, adapter, task, teacher."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from hf_distill.training.target_index import StepTargets
 def check_arguments(
     args: Any, others: dict[str, Any], kind: type[DistillationArguments]
 ) -> DistillationArguments:
-    """The trainer's arguments, of its own kind; InputError for what it cannot honour."""
+    """The trainer's arguments; InputError for another class or an option that does not fit."""
     args = kind("trainer_output") if args is None else args
     if not isinstance(args, kind):
         raise InputError(
-            f"args is a {type(args).__name__}, which has not all options of this trainer: "
-            f"use hf_distill.{kind.__name__}, which takes the same options and these"
+            f"args is a {type(args).__name__}, which lacks options of this trainer: use "
+            f"hf_distill.{kind.__name__}, which takes the same options and more"
         )
     if others.get("compute_loss_func") is not None:
         raise InputError(
@@ -52,10 +52,10 @@ def check_arguments(
 def make_student(
     model: Any, args: DistillationArguments, peft_config: PeftConfig | None, task: str | None
 ) -> Any:
-    """The student as it will be trained: loaded, with its adapter, checked.
+    """The student to train: loaded, with its adapter, checked.
 
     task: its key, None for that of the model's class
-    raises: InputError for what cannot be a student
+    raises: InputError for a model that cannot be a student
     """
     if isinstance(model, str | Path):
         model = load_model(model, "student", task, **args.model_kwargs("student"))
@@ -84,8 +84,8 @@ def check_student(model: Any, task: str | None) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if config.is_prompt_learning:  # its prompt comes before the tokens and moves every position
             raise InputError(
-                f"adapter {name!r} is {config.peft_type.value}, whose learned prompt gives the "
-                "student other positions than the teacher has: use an adapter on the weights, as "
+                f"adapter {name!r} is {config.peft_type.value}, whose learned prompt shifts the "
+                "student's positions against the teacher's: use an adapter on the weights, such as "
                 "LoRA"
             )
 
@@ -131,9 +131,9 @@ def make_teacher(
     tokenizer: Any,
     student_tokenizer: Any,
 ) -> Teacher | None:
-    """The teacher of whatever was given; of the student itself an `AdapterTeacher`.
+    """The teacher for the given object; for the student itself, an `AdapterTeacher`.
 
-    raises: InputError for what cannot be a teacher of this student
+    raises: InputError for an object that cannot be a teacher of this student
     """
     whole_logits = not args.fused_head
     # Its base model too: as a separate teacher it would freeze the weights below the adapter.
@@ -151,14 +151,14 @@ def make_teacher(
     )
     if isinstance(found, AdapterTeacher) and found.model is not student:
         raise InputError(
-            "the AdapterTeacher holds another model than the student, whose weights it is to "
-            "share: make it of the student, or give that model itself as the teacher"
+            "the AdapterTeacher holds another model than the student, but must share its weights: "
+            "make it from the student, or give that model itself as the teacher"
         )
     return found
 
 
 def own_columns(task: Task, recorded: Header | None) -> set[str]:
-    """The columns of a data set that are for the objective, not for the student's forward."""
+    """The columns of a data set for the objective, which the student's forward does not take."""
     more = [] if recorded is None else [COLUMN]
     return {*WEIGHTS, TEACHER_PROMPT_IDS, *task.withheld, *more}
 
@@ -176,7 +176,7 @@ def allow_wrapping(trainer: Any) -> None:
 def shared_outcomes(
     loss: DistillationLoss, tokenizer: Any, teacher: Teacher | None, recorded: Header | None
 ) -> int:
-    """How many outcomes the divergence runs over: those from 0 on that mean the same to both.
+    """The number of outcomes, from 0 on, that student and teacher share. The divergence uses these.
 
     raises: InputError where tokenizers or classes differ, or a recording and a teacher disagree
     """
@@ -208,7 +208,7 @@ def auxiliary_weight(model: Any) -> float:
     raises: InputError for a loss of the forward that is not the one in `outputs.aux_loss`
     """
     model = base_model(model)
-    if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):  # no forward without all
+    if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):  # no forward possible
         return _coefficient(model)
     added, auxiliary = added_loss(model)
     weight = _coefficient(model)

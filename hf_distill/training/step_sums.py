@@ -17,8 +17,8 @@ from hf_distill.training.checkpoints import last_complete_checkpoint
 class StepSums:
     """Adds up the parts of the objective by micro-batch and by optimizer step.
 
-    A step whose loss is not finite stops all processes together, before the optimizer sees it. The
-    result of this check is copied to the host while the device works on, once an optimizer step.
+    A step whose loss is not finite stops all processes together, before the optimizer step. The
+    result of this check is copied to the host asynchronously, once per optimizer step.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -26,7 +26,7 @@ class StepSums:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, as at the start of a training."""
+        """Reset all sums, at the start of a training."""
         self.steps = 0
         self._finished: dict[str, Tensor] = {}
         self._checked: tuple[int, HostCopy] | None = None
@@ -39,10 +39,10 @@ class StepSums:
         self._not_finite = self._not_finite | ~loss.isfinite()
 
     def start_check(self, accelerator: Accelerator, step: int) -> None:
-        """Ask all processes whether a step is finite, after the forward of its last micro-batch.
+        """Start the check that a step is finite, over all processes, after its last forward.
 
-        The answer is read by `finish_step`, after the host has started the backward: reading it
-        here would leave the device without work.
+        `finish_step` reads the result, after the host has started the backward: reading it here
+        would leave the device idle.
         """
         parts = torch.stack(list(self._step.values()))
         flags = torch.cat([self._not_finite[None], ~parts.isfinite()]).to(torch.int32)
@@ -51,8 +51,8 @@ class StepSums:
     def finish_step(self, accelerator: Accelerator) -> None:
         """Close an optimizer step whose check was started; nothing to do where none was.
 
-        Under float16 a loss scale that is too large makes single steps infinite. Such a step is
-        left to the GradScaler, which skips it and lowers the scale, as long as it can.
+        Under float16, a loss scale that is too large makes single steps infinite. The GradScaler
+        skips such a step and lowers the scale, as long as it can.
         raises: InputError on all processes, with the likely cause and the last good checkpoint
         """
         if self._checked is None:
@@ -65,7 +65,9 @@ class StepSums:
             self._finished = _added(self._finished, finished)
             self.steps += 1
         elif _scale_can_fall(accelerator):
-            warn_once("The loss of step %s is not finite: fp16 skips it, at a lower scale.", step)
+            warn_once(
+                "The loss of step %s is not finite: fp16 skips it and lowers the scale.", step
+            )
         else:
             cause = (
                 "the student's own cross-entropy is not finite, so its weights have diverged: "
@@ -104,7 +106,7 @@ def loss_for_log(trainer: Any, loss: Tensor) -> Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the host, which works on meanwhile."""
+    """An asynchronous copy of a tensor to the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         # Only on these devices is the copy known to run beside the host.

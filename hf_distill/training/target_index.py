@@ -1,7 +1,7 @@
 """The index of a batch's targets: made on the CPU by the collator, used on the device.
 
-How many targets a batch has decides the shape of nearly all that follows. Found on an accelerator,
-it would make the host wait in every micro-batch.
+The number of targets decides the shape of nearly all later tensors. If it were found on an
+accelerator, the host would wait in every micro-batch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class TargetIndex:
     """The entry `TARGET_INDEX` of a batch, on its way from the collator to the trainer.
 
     places: (targets,) int64, see `Task.target_index`
-    It is no tensor, since its length is not that of the batch: code that cuts or joins batches row
-    by row must not do so with it. Loaders pin and move it by the methods that tensors have.
+    It is not a tensor, since code that cuts or joins batches row by row must leave it alone. It has
+    the methods of a tensor with which loaders pin and move entries.
     """
 
     places: Tensor
@@ -38,8 +38,8 @@ class TargetIndex:
 class StepTargets:
     """The target index of each micro-batch of a step, beside the tensors that it was made from.
 
-    A hook may change a batch between the loader and the loss. So an index is found again only by
-    the very tensors that it came with, not changed since.
+    A hook may change a batch between the loader and the loss. So an index is used only with the
+    same tensors that it came with, unchanged.
     """
 
     def __init__(self, task: Task) -> None:
@@ -49,7 +49,7 @@ class StepTargets:
     def take(self, batches: Sequence[Any], check: Callable[[Any], Tensor | None]) -> None:
         """Take the index out of each batch of a step, and forget those of the step before.
 
-        check: checks a batch that comes without an index, and returns one: it has not been through
+        check: checks a batch without an index, and returns one. Such a batch has not been through
             the trainer's collator, or was cut since. On an accelerator this waits for the device
         """
         self._known = []

@@ -68,8 +68,8 @@ class TaskRowPreparation(RowPreparation):
         """See `RowPreparation`. Rows for evaluation are masked once."""
         if isinstance(dataset, IterableDataset):
             raise InputError(
-                f"{name} is a stream of raw rows for {self._task.name}, which are read twice: give "
-                "a Dataset, or tokenize the stream first"
+                f"{name} is a stream of raw rows for {self._task.name}, which would be read twice: "
+                "give a Dataset, or tokenize the stream first"
             )
         self._check_packing(name)
         how = self._tokens(tokenizer)
@@ -130,8 +130,8 @@ class TaskRowPreparation(RowPreparation):
         for option in ("packing", "completion_only_loss", "assistant_only_loss"):
             if getattr(self.args, option):
                 raise InputError(
-                    f"{option} is True, but {name} is for {self._task.name}: it is for causal "
-                    "language models only"
+                    f"{option} is True, but {name} is for {self._task.name}: leave it out, since "
+                    "it is for causal language models only"
                 )
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase) -> TaskTokens:

@@ -1,9 +1,9 @@
 """`DistillationTrainer`: a `transformers.Trainer` that minimises cross-entropy and a divergence.
 
-The trainer only joins parts that are explained elsewhere: a task says what is predicted, a teacher
-turns a batch into a signal, `training.loss` makes sums of student, labels and signal. Trainer's own
-methods are overridden where it counts (`_get_num_items_in_batch`), where it computes
-(`compute_loss`, `prediction_step`) and where it logs; where it saves, in `training.saving`.
+The trainer combines parts of other modules: a task defines the targets, a teacher turns a batch
+into a signal, `training.loss` computes sums from student, labels and signal. It overrides Trainer's
+methods for counting (`_get_num_items_in_batch`), for the loss (`compute_loss`, `prediction_step`)
+and for logs; `training.saving` overrides those for saving.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from hf_distill.training.step_sums import StepSums, loss_for_log
 
 
 class DistillationMixin(SavingMixin):
-    """Makes a Trainer distil; see `DistillationTrainer` for the arguments.
+    """The distillation part of a Trainer; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
     - `choose_divergence()`: the function of (student, teacher) log-probabilities to minimise
     - `extra_terms(inputs, outputs)`: named terms to add to the objective
-    - `teacher_inputs(inputs)`: what the teacher sees of a batch
+    - `teacher_inputs(inputs)`: the part of a batch that the teacher reads
     """
 
     # The loss is divided by the counts of the whole step, never again by accumulation steps.
@@ -81,7 +81,7 @@ class DistillationMixin(SavingMixin):
             self.teacher.prepare(self.accelerator, student_reads=self._checks.known_ids)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """As Trainer's. A model that is made anew has another head, and is checked as the first."""
+        """As Trainer's. A new model has a new head, and is checked like the first one."""
         model: Any = super().call_model_init(trial)
         setup.check_student(model, self._task)
         if hasattr(self, "_loss"):  # not the first, for which the constructor does it
@@ -106,7 +106,7 @@ class DistillationMixin(SavingMixin):
         return {}
 
     def teacher_inputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The part of a batch that the teacher sees, by default all but the labels."""
+        """The part of a batch that the teacher reads, by default all but the labels."""
         return inputs
 
     # ---- The loss ----
@@ -160,7 +160,7 @@ class DistillationMixin(SavingMixin):
         return loss_for_log(self, loss)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the student writes, and the index of the targets is taken out."""
+        """As Trainer's; also generates on-policy rows and takes out the index of the targets."""
         counts: Any
         batches, counts = super().get_batch_samples(*args, **kwargs)
         counts = self._writer.write(batches) or counts
@@ -168,7 +168,7 @@ class DistillationMixin(SavingMixin):
         return batches, counts
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's, which under DeepSpeed rounds a batch to the model's dtype; not these."""
+        """As Trainer's, but recordings, weights and labels keep their dtype under DeepSpeed."""
         names = {*ALL_NAMES, *WEIGHTS, *self._loss.task.label_names}
         exact = [name for name in names if isinstance(inputs.get(name), Tensor)]
         kept = {name: inputs[name].to(self.args.device, non_blocking=True) for name in exact}
@@ -176,7 +176,7 @@ class DistillationMixin(SavingMixin):
         return self._loss.step_targets.follow(inputs, {**super()._prepare_inputs(rest), **kept})
 
     def _set_signature_columns_if_needed(self) -> None:
-        """As Trainer's, which drops the columns that a model does not take, except for these."""
+        """As Trainer's; also keeps the columns of the objective, which the model does not take."""
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         columns += setup.own_columns(self._loss.task, self._recorded) - {*columns}
@@ -203,7 +203,7 @@ class DistillationMixin(SavingMixin):
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; the parts of the objective join the log that it is about to write."""
+        """As Trainer's; adds the parts of the objective to the log."""
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._parts_to_log = self._sums.pop_means(self.accelerator) | self._writer.pop_figures()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -250,15 +250,16 @@ class DistillationMixin(SavingMixin):
 
 
 class DistillationTrainer(DistillationMixin):
-    """Trains a student on labels and on a teacher's distributions; otherwise a `Trainer`.
+    """A `Trainer` that trains a student on labels and on a teacher's distributions.
 
     model: the student, or its id or path
     teacher: a model of the same task, its id or path, or any object with the `Teacher` protocol;
-        the student itself, if it has an adapter: its base model is then the teacher (see also
-        `AdapterTeacher`); None where the rows carry recordings (`hf_distill.record`), or alpha is 0
+        the student itself if it has an adapter, so that its base model is the teacher (see also
+        `AdapterTeacher`); None if the rows have recordings (`hf_distill.record`), or alpha is 0
     args: `DistillationArguments`
-    teacher_tokenizer: to check that ids mean the same; found by itself beside a local teacher
-    divergence: a function of your own in place of the one that the arguments name
+    teacher_tokenizer: to check that both models share a vocabulary; by default the one in a local
+        teacher's folder
+    divergence: your own function in place of the one that the arguments name
     peft_config: makes an adapter for the student, as `peft.get_peft_model` does
     task: "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification",
         "token-classification" or "question-answering"; by default that of the student's class
@@ -267,5 +268,5 @@ class DistillationTrainer(DistillationMixin):
         `processing_class`: `text`, `prompt` and `completion`, `messages`, or those of the task
     data_collator: by default `hf_distill.data.collator`, or `TaskCollator` for other tasks
     Further keyword arguments are Trainer's (callbacks, compute_metrics, optimizers, ...).
-    raises: InputError for what cannot work, at construction
+    raises: InputError at construction, for arguments or data that do not fit each other
     """

@@ -194,7 +194,7 @@ def test_interrupted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_distill.recipes.load_recipe", stop)
     done = invoke("run", recipe)
     assert done.exit_code == 130
-    assert "the same command goes on" in done.stderr
+    assert "run the same command again" in done.stderr
 
 
 def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:

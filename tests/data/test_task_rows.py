@@ -172,7 +172,7 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
      "give lists only"),
     (read_labelled, (rows(text=["x", "y"], label=[1.0, float("nan")]),), {},
      "row 1: the label is nan"),
-    (read_labelled, (rows(text=["x"], label=[None]),), {}, "holds no label at all"),
+    (read_labelled, (rows(text=["x"], label=[None]),), {}, "holds no label:"),
     (read_labelled, (rows(text=["x"], label=["a"]), {"txt": "text"}), {}, "columns has 'txt'"),
     (read_labelled, (rows(text=["x"], label=["a"]), {"text": "body"}), {}, "names 'body'"),
     (read_tagged, (rows(tokens=[["a", "b"]], tags=[[0]]),), {}, "row 0: there are 2 tokens and 1"),

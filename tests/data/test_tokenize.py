@@ -148,13 +148,13 @@ def test_a_prompt_that_is_rendered_in_another_way_is_refused(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     batch = {"prompt": [CHAT[:3]], "completion": [CHAT[3:]]}
-    with pytest.raises(InputError, match="renders a prompt in another way"):
+    with pytest.raises(InputError, match="renders a prompt differently"):
         annotate(batch, with_template(tiny_tokenizer, REWRITING), "chat_completion")
 
 
 def test_templates_that_cannot_be_used_are_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rewriting = with_template(tiny_tokenizer, REWRITING)
-    with pytest.raises(InputError, match="first 2 messages are not a prefix of all 4"):
+    with pytest.raises(InputError, match="first 2 messages as rendered are not a prefix of all 4"):
         annotate({"messages": [CHAT]}, rewriting, "chat")
     picky = with_template(tiny_tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InputError, match=r"refuses a conversation of user, .*must alternate"):

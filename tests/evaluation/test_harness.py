@@ -101,7 +101,7 @@ def test_what_is_missing_is_told_before_anything_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec("lm_eval") is not None:
-        with pytest.raises(InputError, match="is no folder"):
+        with pytest.raises(InputError, match="is not a folder"):
             check_harness(["plants"], str(folder / "other"))
         (folder / "rows.jsonl").unlink()
         with pytest.raises(InputError, match="cannot run plants .* whether its rows are on this"):

@@ -205,9 +205,9 @@ def test_what_has_no_answer_is_refused() -> None:
     student, teacher, labels = batch(11, 11)
     with pytest.raises(InputError, match="no target"):
         Perplexity().compute(nll=[0.0], targets=[0])
-    with pytest.raises(InputError, match="beyond any number"):
+    with pytest.raises(InputError, match="the perplexity overflows"):
         Perplexity().compute(nll=[1000.0], targets=[1])
-    with pytest.raises(InputError, match="only special tokens"):
+    with pytest.raises(InputError, match="special tokens only"):
         BitsPerByte().compute(nll=[1.0], bytes=[0])
     with pytest.raises(InputError, match="label is the token id 11"):
         row_sums(student, teacher, labels.where(labels != labels.max(), 11), 11)

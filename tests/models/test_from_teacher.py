@@ -289,7 +289,7 @@ def test_selections(length: int, layers: Any, num_layers: int | None, expected: 
         ([True], None, "indices"),
         (3, None, "3 is not a selection"),
         ({"encoder": [0]}, None, "this teacher has 'transformer.h'"),
-        ("first_and_last", 1, "num_layers=1 cannot hold"),
+        ("first_and_last", 1, "num_layers=1 cannot include"),
         ("first_and_last", 5, "give 2 to 4"),
         ("every_other", 2, "has no effect"),
         ([0, 1], 2, "has no effect"),

@@ -44,6 +44,5 @@ def test_unknown_tokenizer_warns_once(
         assert shared_vocabulary(310, 305, tiny_tokenizer, None) == len(tiny_tokenizer)
     assert [record.message for record in caplog.records] == [
         "The tokens of student and teacher were not compared, since the tokenizer of the teacher "
-        "is not known; pass teacher_tokenizer, or LiveTeacher(model, tokenizer), to have them "
-        "checked."
+        "is not known: pass teacher_tokenizer, or LiveTeacher(model, tokenizer), to check them."
     ]

@@ -296,7 +296,7 @@ def test_bfloat16_and_nothing_is_shared() -> None:
         ("llama", {"ffn": True}, "ffn=True is no part"),
         ("llama", {"heads": 3}, "heads=3 would split a group of 2 heads .* give 2 or 4"),
         ("gpt2", {"heads": 2}, "no weight becomes smaller with heads alone"),
-        ("gpt2", {"hidden": 12}, "since it is hidden / heads here: give heads=3 with hidden=12"),
+        ("gpt2", {"hidden": 12}, "in this model: give heads=3 with hidden=12"),
         ("llama", {"hidden": 11}, "is not a multiple of the number of attention heads"),
         ("bart", {"hidden": 12}, "give a hidden that is a multiple of 8"),
         ("gemma2", {"hidden": 8}, "a constant depends on its width"),

@@ -120,8 +120,8 @@ def test_report_and_card_say_who_learnt_what(summaries: Path) -> None:
     page = (summaries / "report.html").read_text()
     card = (summaries / "student" / "README.md").read_text()
     sentence = (
-        "The student learnt targets that the teacher wrote (found with 1 beam); the baseline "
-        "learnt the original targets."
+        "The student was trained on targets that the teacher wrote (found with 1 beam); the "
+        "baseline was trained on the original targets."
     )
     assert sentence in page
     assert sentence in card
@@ -150,7 +150,7 @@ def test_only_the_student_depends_on_what_was_written(summaries: Path) -> None:
     assert len(tokens) == 3 * len(original) - blank
     assert tokens[: len(original)] == original[:]
     assert (
-        "The student learnt targets that the teacher wrote (found with 2 beams, 2 for each "
+        "The student was trained on targets that the teacher wrote (found with 2 beams, 2 for each "
         in (summaries / "report.html").read_text()
     )
 
@@ -222,10 +222,10 @@ REFUSED = {
     "annotate: {n: 2}": "annotate asks for 2 texts of a row, but 1 beam finds 1: set num_beams or",
     "annotate: {num_beams: 2, do_sample: true}": "texts are either drawn or searched",
     "annotate: {temperature: 0.5}": "has 'temperature', which is for draws: set do_sample to true",
-    "annotate: {keep_original: true}\ntrain: {num_train_epochs: 1}": "the student learns more rows",
-    "annotate: {}\ntask: masked-lm": "has 'annotate' for the task masked-lm, whose models write no",
+    "annotate: {keep_original: true}\ntrain: {num_train_epochs: 1}": "gives the student more rows",
+    "annotate: {}\ntask: masked-lm": "has 'annotate' for the task masked-lm, whose models",
     "annotate: {max_new_tokens: 512}": "prompt and text together have data.max_length, 512 tokens",
-    "annotate: {}\nrecord: {max_rows: 3}": "has 'annotate' and record.max_rows, which would leave",
+    "annotate: {}\nrecord: {max_rows: 3}": "has 'annotate' and record.max_rows, which would give",
     "annotate: {num_beam: 2}": "unknown key 'annotate.num_beam'; did you mean 'annotate.num_beams'",
 }
 

@@ -196,5 +196,5 @@ def test_training_sets_of_text_and_chats_become_one_split(tmp_path: Path) -> Non
     assert any("user: say it" in text for text in spelt)
     assert "say it" not in learnt
     alone = config.model_copy(update={"eval": None})
-    with pytest.raises(InputError, match="several sets, of which no evaluation rows are held out"):
+    with pytest.raises(InputError, match="several sets, from which no evaluation rows are held"):
         clean_rows(alone, seed=0, work_dir=tmp_path / "work")

@@ -294,7 +294,7 @@ def test_rows_without_labels_are_for_the_student_alone(tmp_path: Path) -> None:
     for role in ("teacher", "baseline"):
         assert weights["more", role] == weights["plain", role]
     assert weights["more", "student"] != weights["plain", "student"]
-    sentence = "The student also learnt rows without labels, from the teacher alone; the baseline"
+    sentence = "The student was also trained on rows without labels, by the divergence alone; the"
     assert sentence in (folder / "report.html").read_text()
     assert sentence in (folder / "student" / "README.md").read_text()
     table = json.loads((folder / "data" / "preparation.json").read_text())["steps"]
@@ -340,9 +340,9 @@ def test_rows_without_labels_that_do_not_fit(tmp_path: Path) -> None:
     assert "other.jsonl: the columns body hold no text: name it by" in said
     given = {"data__unlabelled": known}
     said = message(tmp_path, "classification", **given, train__alpha=0)
-    assert "rows without labels are learnt from the teacher alone: raise train.alpha" in said
+    assert "rows without labels count in the divergence only: raise train.alpha" in said
     said = message(tmp_path, "classification", **given, train__max_steps=-1)
-    assert "has data.unlabelled, by which the student learns more rows than the baseline" in said
+    assert "has data.unlabelled, which gives the student more rows than the baseline" in said
     said = message(tmp_path, "masked_lm", **given)
     assert "sets data.unlabelled, which the task masked-lm does not use" in said
 
@@ -350,7 +350,7 @@ def test_rows_without_labels_that_do_not_fit(tmp_path: Path) -> None:
 # ---- What is refused ----
 
 REFUSED = {
-    "data.stride=3": "sets data.stride, which the task sequence-classification does not use (but",
+    "data.stride=3": "sets data.stride, which the task sequence-classification does not use (it",
     "data.packing=false": "sets data.packing, which the task sequence-classification does not use",
     "data.format=questions": "data.format questions, but that task takes labelled",
     "task=classification": "task is 'classification', but must be 'causal-lm', 'seq2seq-lm'",

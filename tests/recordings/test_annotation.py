@@ -195,7 +195,7 @@ def test_translations_and_columns_that_are_told(tmp_path: Path) -> None:
     wanted = made("marian", tmp_path / "b")
     assert [row["es"] for row in found["translation"]] == wanted["summary"]
     assert [row["en"] for row in found["translation"]] == DOCUMENTS["document"]
-    with pytest.raises(InputError, match="does not say what is translated into what"):
+    with pytest.raises(InputError, match="does not state the direction"):
         made("marian", tmp_path / "c", rows)
 
 
@@ -239,7 +239,7 @@ def test_long_sources_are_cut_and_counted(tmp_path: Path, caplog: pytest.LogCapt
     found = made("t5", tmp_path, max_source_length=5)
     long = sum(len(tokenizer()(text).input_ids) > 5 for text in DOCUMENTS["document"])
     assert 0 < long < 10
-    assert any(f"end of {long} of 10 sources was left out" in text for text in caplog.messages)
+    assert any(f"{long} of 10 sources were cut at the end" in text for text in caplog.messages)
     assert json.loads((tmp_path / "annotation.json").read_text())["cut"] == long
     first = tokenizer()(DOCUMENTS[9]["document"]).input_ids[:4]
     kept = tokenizer().decode(first)
@@ -254,7 +254,7 @@ def test_texts_cut_at_the_limit_and_empty_ones_are_counted(
     cut, empty = found["teacher_finished"].count(False), found["summary"].count("")
     assert 0 < cut < 10
     assert f"{cut} of 10 texts were cut at the length limit" in " ".join(caplog.messages)
-    assert bool(empty) == ("wrote nothing" in " ".join(caplog.messages))
+    assert bool(empty) == ("of the teacher are empty" in " ".join(caplog.messages))
 
 
 def test_lengths_of_the_teachers_own_generation_config(
@@ -294,7 +294,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"n": 2}, "a search with 1 beam finds 1"),
     ("t5", {"n": 0}, "must be at least 1"),
     ("t5", {"n": 2, "generation": {"do_sample": True, "num_beams": 2}}, "drawn or searched"),
-    ("gpt2", {"generation": {"max_new_tokens": 40}}, "40 new tokens are asked for"),
+    ("gpt2", {"generation": {"max_new_tokens": 40}}, "max_new_tokens is 40, but"),
     ("gpt2", {"tokenizer": None}, "tokenizer is not known"),
     ("gpt2", {"teacher": "./nowhere"}, "a folder that does not exist"),
 ]  # fmt: skip

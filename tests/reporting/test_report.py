@@ -167,7 +167,7 @@ def test_without_a_baseline_nothing_is_claimed(run: Path) -> None:
             del sample["baseline"]
 
     page = Page(with_metrics(run, drop))
-    assert "there is no baseline to say what that gained" in page.text
+    assert "there is no baseline to compare with" in page.text
     assert "No baseline was trained." in page.text
     assert "best" not in [attributes.get("class") for _, attributes in page.tags]
 
@@ -236,12 +236,12 @@ def test_the_headline_is_honest_either_way() -> None:
     )
     lost = headline(compared(perplexity=(105.9, 87.9), kl_to_teacher=(0.4, 0.2)), "T", "S")
     assert "20% higher than the baseline’s 87.90" in lost
-    assert lost.endswith("; it did not pay here.")
+    assert lost.endswith("; distillation did not help here.")
     mixed = headline(compared(perplexity=(105.9, 87.9), kl_to_teacher=(0.2, 0.4)), "T", "S")
     assert " but KL to the teacher" in mixed
-    assert "did not pay" not in mixed
+    assert "did not help" not in mixed
     same = headline(compared(perplexity=(87.9, 87.9)), "T", "S")
-    assert "the same as the baseline’s 87.90; it did not pay here" in same
+    assert "the same as the baseline’s 87.90; distillation did not help here" in same
     models = compared(perplexity=(87.9, 105.9))
     models["off_policy"] = models.pop("baseline")
     assert "17% lower than the off-policy student’s 105.9" in headline(models, "T", "S")

@@ -99,7 +99,7 @@ def test_settings_of_sources_and_targets(tmp_path: Path) -> None:
     assert tokenizer.decode(row["input_ids"]).startswith("say: the dog")
     assert tokenizer.decode(row["labels"]).startswith("fox")
     assert (len(row["input_ids"]), len(row["labels"])) == (20, 8)
-    with pytest.raises(InputError, match="translation holds en, es: say what is translated"):
+    with pytest.raises(InputError, match="translation holds en, es: set source_lang"):
         make(tmp_path, "seq2seq-lm", rows)
     with pytest.raises(InputError, match="holds en, es, but no 'fr'"):
         make(tmp_path, "seq2seq-lm", rows, source_lang="en", target_lang="fr")
@@ -144,7 +144,7 @@ def test_rows_without_a_label_are_for_the_teacher_alone(
     ):
         rows = Dataset.from_dict({"text": texts, "label": given})
         assert labels(tmp_path, rows, config) == expected
-        assert "1 without a label, for the teacher alone" in capsys.readouterr().out
+        assert "1 without a label, for the divergence only" in capsys.readouterr().out
     rows = Dataset.from_dict({"text": texts, "label": [0.5, None, 2.0]})
     found = labels(tmp_path, rows, {"num_labels": 1, "id2label": {0: "LABEL_0"}})
     assert torch.tensor(found).isnan().tolist() == [False, True, False]
@@ -202,7 +202,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], str]] = [
     (TAG, [{"tokens": ["a"], "tags": [7]}], {}, {}, "the label 7 is none of the 5 classes"),
     ("question-answering", [{"question": "a", "context": "b", "answers": "c"}], {}, {},
      "the context does not contain the answer 'c'"),
-    ("masked-lm", [{"text": "a", "ce_weight": 1.0}], {}, {}, "cannot keep it"),
+    ("masked-lm", [{"text": "a", "ce_weight": 1.0}], {}, {}, "which cannot be kept"),
 ]  # fmt: skip
 
 

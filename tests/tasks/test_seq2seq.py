@@ -67,7 +67,7 @@ def test_rows_of_a_causal_model_are_told(tmp_path: Path, caplog: pytest.LogCaptu
             data_collator=collate,
         )  # fmt: skip
         trainer.train()
-        assert ("learns to copy its source" in caplog.text) == copies
+        assert ("would learn to copy its source" in caplog.text) == copies
 
 
 @pytest.mark.parametrize("kind", ["full", "top_k", "sampled"])

@@ -116,7 +116,7 @@ def test_labels_of_another_problem(tmp_path: Path) -> None:
             [row | {"labels": 0.5} for row in rows])  # fmt: skip
     numbers = make_model("Bert", task, num_labels=1)
     teacher = make_model("Bert", task, 1, num_labels=1)
-    with pytest.raises(InputError, match="squared error"):
+    with pytest.raises(InputError, match="squared difference"):
         DistillationTrainer(numbers, teacher, arguments(tmp_path, divergence="jsd"))
 
 

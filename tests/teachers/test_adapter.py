@@ -166,7 +166,7 @@ def test_a_model_without_adapter_cannot_teach_itself(tmp_path: Path) -> None:
     ("adapter", "message"),
     [
         ("missing", "no adapter 'missing'.*only 'default'"),
-        ("default", "is the one that is trained"),
+        ("default", "is the one being trained"),
     ],
 )
 def test_adapters_that_cannot_teach(adapter: str, message: str) -> None:
@@ -178,7 +178,7 @@ def test_a_teacher_of_the_students_weights_is_the_student(tmp_path: Path) -> Non
     student = adapted()
     with pytest.raises(InputError, match="another model than the student"):
         make_trainer(tmp_path, student, AdapterTeacher(adapted()))
-    with pytest.raises(InputError, match="teacher_placement is 'sharded', but this teacher has"):
+    with pytest.raises(InputError, match="teacher_placement is 'sharded', but this teacher uses"):
         make_trainer(tmp_path, student, student, teacher_placement="sharded")
 
 

@@ -395,7 +395,7 @@ def test_padding_in_labels_is_left_out(tmp_path: Path, caplog: pytest.LogCapture
                "train_sampling_strategy": "sequential"}  # fmt: skip
     found = make(tmp_path, data_collator=cloned, **options)
     found.train()
-    assert sum("labels hold padding" in r.message for r in caplog.records) == 1
+    assert sum("labels include padding" in r.message for r in caplog.records) == 1
     right = make(tmp_path, data_collator=None, **options)
     right.train()
     loss = right.state.log_history[0]["loss"]

@@ -255,7 +255,7 @@ REFUSED = [
     ({"hidden_mse": {"layers": [[2, 3]]}}, "names layer 2 of the student"),
     ({"hidden_mse": {"layers": [[1, 4]]}}, "names layer 4 of the teacher"),
     ({"hidden_mse": {"layers": {"side": "last"}}}, "names side, but the student has"),
-    (["hidden_mse"], "has to map kinds to weights"),
+    (["hidden_mse"], "must map kinds to weights"),
 ]
 
 
@@ -286,7 +286,7 @@ def test_what_has_no_features(tmp_path: Path) -> None:
 def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
     wrong_heads = pair("Bert", num_attention_heads=4)
     trainer = trainer_of("Bert", tmp_path, {"attention": 1.0}, wrong_heads)
-    with pytest.raises(InputError, match="'relations' compares models with other heads"):
+    with pytest.raises(InputError, match="for models with different heads use 'relations'"):
         trainer.train()
     trainer = trainer_of("Bert", tmp_path, {"relations": {"heads": 5}}, pair("Bert"))
     with pytest.raises(InputError, match="set heads to a divisor"):
@@ -302,7 +302,7 @@ def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
         train_dataset=rows,
         data_collator=collate,
     )  # fmt: skip
-    with pytest.raises(InputError, match="computes attention in a way of its own"):
+    with pytest.raises(InputError, match="does not use transformers' attention functions"):
         trainer.train()
 
 

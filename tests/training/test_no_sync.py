@@ -335,7 +335,7 @@ def test_the_collator_refuses_what_a_model_lacks(tmp_path: Path) -> None:
             input_ids=[3, 35, 5, 6])  # fmt: skip
     refused(live, "token id -1", input_ids=[3, -1, 5, 6])
     refused(live, "a label is the token id 40.* 0 to 39", labels=[3, 4, 40, 6])
-    refused(live, "a label is the token id -1.*-100 is no label", labels=[3, 4, -1, 6])
+    refused(live, "a label is the token id -1.*-100 means no label", labels=[3, 4, -1, 6])
 
 
 def test_masked_ids_that_a_model_lacks_are_replaced(tmp_path: Path) -> None:

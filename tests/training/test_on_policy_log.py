@@ -85,12 +85,12 @@ def test_texts_without_an_end_are_told(tmp_path: Path, caplog: pytest.LogCapture
     make(tmp_path, model=model, on_policy=1.0, max_steps=6, sampling_temperature=2.0).train()
     told = [record.message for record in caplog.records if "In 3 steps" in record.message]
     assert len(told) == 1
-    assert "ran to max_new_tokens=6" in told[0]
+    assert "reached max_new_tokens=6" in told[0]
 
 
 def test_texts_that_repeat_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = small_model(0)
     model.generation_config.suppress_tokens = [i for i in range(40) if i != 39]
     make(tmp_path, model=model, on_policy=1.0, max_steps=6, max_new_tokens=12).train()
-    told = [record.message for record in caplog.records if "repeated itself" in record.message]
+    told = [record.message for record in caplog.records if "was repetition" in record.message]
     assert len(told) == 1

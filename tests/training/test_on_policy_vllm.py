@@ -147,7 +147,7 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     quantised.model.is_quantized = True
     with pytest.raises(InputError, match="the student is quantised"):
         quantised.train()
-    with pytest.raises(InputError, match="teacher_mix needs the student and the teacher to write"):
+    with pytest.raises(InputError, match="teacher_mix runs the teacher at every generated token"):
         make(tmp_path, on_policy=1.0, writing_backend="vllm", teacher_mix=0.2).train()
     with pytest.raises(InputError, match=r"vllm_server is http://a, but must be an address"):
         make(tmp_path, vllm_server="http://a")

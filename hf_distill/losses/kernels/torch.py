@@ -23,8 +23,8 @@ from hf_distill.losses.linear_head import LogitTransform
 from hf_distill.losses.signals import Logits, Sampled, TopK
 from hf_distill.losses.weights import Weights
 
-# The least log-probability of an outcome that stands for several ids, or for an unused slot. Its
-# probability counts for nothing and is still a normal number in float32.
+# The least log-probability of an outcome for several ids, or of an unused slot. Its probability is
+# negligible but still a normal number in float32.
 LEAST = -80.0
 # A block of logits for one core: most of half a dozen such arrays stay in its caches.
 BLOCK_BYTES = 2**20
@@ -33,7 +33,7 @@ COPIES = 8
 
 
 class Scratch:
-    """Buffers that every block uses again.
+    """Buffers that are reused by every block.
 
     A CPU's allocator returns tensors of this size to the system when they are freed, and touching
     the pages of new ones costs several times the arithmetic done in them.
@@ -230,7 +230,7 @@ def _shared(logits: Tensor, weights: Weights, new: New) -> Tensor:
 
 
 def _log_at(logits: Tensor, q: Tensor, ids: Tensor) -> Tensor:
-    """log q of a few ids, (n, ids), by way of the likeliest one, whose q has not underflowed."""
+    """log q of a few ids, (n, ids), relative to the most likely id, whose q does not underflow."""
     behind = logits.gather(1, ids) - logits.amax(-1, keepdim=True)
     return behind + q.amax(-1, keepdim=True).log()
 
@@ -262,8 +262,8 @@ def outcomes(log_q: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
 
 
 def _outcomes(log_named: Tensor, log_tail: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
-    """log_named: (n, k) and log_tail: (n, 1), the student's; the tail summed over the ids that are
-    in it, as one minus the named probabilities would cancel."""
+    """log_named: (n, k) and log_tail: (n, 1), the student's. The tail is summed over its own ids,
+    since one minus the named probabilities would lose precision."""
     log_p = _log_probs(teacher)
     of_named = torch.where(teacher.ids >= 0, log_named, log_p[:, :-1])
     return torch.cat([of_named, log_tail.clamp(min=LEAST)], -1), log_p
@@ -316,7 +316,7 @@ def _slots(teacher: TopK) -> tuple[Tensor, Tensor]:
 
 
 def _log_probs(teacher: TopK) -> Tensor:
-    """(n, k + 1). An unused slot has so small a probability that it weighs nothing."""
+    """(n, k + 1). The probability of an unused slot is negligible."""
     named = teacher.ids >= 0
     log_probs = teacher.log_probs.masked_fill(~named, LEAST)
     return torch.cat([log_probs, teacher.log_tail[:, None]], -1)

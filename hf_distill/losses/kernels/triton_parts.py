@@ -1,6 +1,6 @@
-"""What both Triton kernels are made of.
+"""Functions that both Triton kernels use.
 
-An *end* is a pair (scale, cap): what a model does to the product of its head (see
+An *end* is a pair (scale, cap): the transform from the product of a model's head to its logits (see
 `losses.linear_head.LogitTransform`).
 """
 

@@ -38,10 +38,10 @@ class Plan:
     """The memory of each way to run on each of `devices`, and the first that fits.
 
     memory: bytes of a device; ways: bytes by part, by configuration
-    steps, rows: of the training, and of the data where they are prepared; None where not known
-    records, teaches_itself: whether the recipe itself records its teacher, or has one that is the
+    steps, rows: steps of the training, rows of the prepared data; None if not known
+    records, teaches_itself: whether the recipe records its teacher; whether the teacher is the
         student's own base
-    off_policy: whether there is another distillation before the one that is planned
+    off_policy: whether another distillation comes before the planned one
     """
 
     measures: Measures
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices together, if each is as fast as the one that was measured."""
+        """Of all devices together, if each is as fast as the measured one."""
         return self.devices * self.measures.tokens / self.measures.seconds
 
     @property
@@ -99,7 +99,8 @@ class Plan:
         )
         if least["libraries"] >= self.memory:
             return (
-                f"{found}, and the libraries alone {_size(least['libraries'])}: use larger devices"
+                f"{found}, and the libraries alone {_size(least['libraries'])}: use devices with "
+                "more memory"
             )
         return (
             f"{found}: use more devices, a smaller train.per_device_train_batch_size, or "
@@ -114,23 +115,22 @@ class Plan:
         found = [
             f"speed: {self.measures.seconds:,.2f} s a micro-batch of {self.measures.tokens:,} "
             f"tokens on this machine, {self.tokens_per_second:,.0f} tokens/s on {self.devices} "
-            "such devices, if none waits for another"
+            "such devices, without communication"
         ]
         if self.measures.writing:
             found.append(
-                f"writing: {self.measures.writing:,.2f} s more a micro-batch, where all texts have "
-                "train.max_new_tokens; less where they end before"
+                f"writing: {self.measures.writing:,.2f} s more a micro-batch if all texts have "
+                "train.max_new_tokens, less if they end earlier"
             )
         if self.measures.spread > LARGEST_SPREAD:
             found.append(
                 f"the trial's steps differ by up to {self.measures.spread:.0%} of their median: "
-                "probably something else was running, so that speed and time may be far off; "
-                "plan again"
+                "probably other work was running, so speed and time may be far off; plan again"
             )
         if self.hours is None:
             found.append(
-                "time: not known before the rows are prepared: `hf-distill run` begins with it; or "
-                "set max_steps"
+                "time: not known before the rows are prepared: start `hf-distill run`, which "
+                "prepares them first, or set train.max_steps"
             )
         else:
             again = ", and at most as long again for the baseline" if self.baseline else ""
@@ -175,7 +175,7 @@ def memory_bytes(text: str) -> float:
     """Bytes of "80GB"; InputError for what is no size."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(KB|MB|GB|TB)", text.strip().upper())
     if not found or float(found[1]) <= 0:
-        raise InputError(f"memory is {text!r}, but must be a size as 80GB or 512MB")
+        raise InputError(f"memory is {text!r}, but must be a size such as 80GB or 512MB")
     return float(found[1]) * UNITS[found[2]]
 
 

@@ -15,16 +15,16 @@ BUCKET, LIVE = 5e8, 1e9
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one micro-batch on one device.
+    """Sizes and times of one micro-batch on one device.
 
     libraries: the process before any model; weights, gradients, optimizer: the student's
-    trained, student_dtype: how many parameters are trained, bytes of one
-    engine_dtype: bytes of one where DeepSpeed holds them, which casts to bf16 or fp16 itself
+    trained, student_dtype: number of trained parameters, bytes of one
+    engine_dtype: bytes of one parameter under DeepSpeed, which casts to bf16 or fp16 itself
     teacher, teacher_ends, teacher_layer: all of its weights; those outside its layers; one layer
-    activations: all else that is held at the peak; head: the chunk of logits that it is made in
+    activations: everything else in memory at the peak; head: a chunk of logits in the fused head
     seconds, tokens: of the micro-batch; accumulation: micro-batches of a step on each device
     spread: of the seconds of the trial's steps, (largest - smallest) / median
-    writing: seconds in which the student writes for a micro-batch, with texts of `max_new_tokens`
+    writing: seconds of generation for a micro-batch, with texts of `max_new_tokens`
     """
 
     libraries: float
@@ -78,7 +78,7 @@ PARTS = ("student", "gradients", "optimizer", "teacher", "activations", "head", 
 def parts(measures: Measures, how: Configuration, devices: int, *, cpu: bool) -> dict[str, float]:
     """Bytes on each device at the peak, by part (`PARTS`).
 
-    cpu: whether the devices are CPUs, where a buffer takes what was written to it only
+    cpu: whether the devices are CPUs, where a buffer takes memory only for what is written to it
     """
     m, n = measures, devices if how.several else 1
     each = m.engine_dtype if how.zero else m.student_dtype
@@ -113,8 +113,8 @@ def possible(
 ) -> list[Configuration]:
     """The ways to run on so many devices, the fastest first.
 
-    recorded: only those with a recorded teacher; cpu: none that offload to where all is already
-    writes: only those in which a student can write, whole on its device, for a live teacher
+    recorded: only those with a recorded teacher; cpu: none that offload to the CPU
+    writes: only those in which the student is whole on its device and has a live teacher
     """
     ways = [
         how for how in CONFIGURATIONS if how.several == (devices > 1) and not (cpu and how.offload)

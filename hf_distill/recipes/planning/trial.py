@@ -1,6 +1,6 @@
 """Measure a few real steps of a recipe's training, with random weights and random tokens.
 
-A trial is a process of its own, so that its memory is that of a training alone.
+A trial is a separate process, so that its memory is that of a training alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from hf_distill.teachers import LiveTeacher
 from hf_distill.training.trainer import DistillationTrainer
 
 STEPS = 5  # of which the first is not counted
-# Beyond these a trial is made with one and two layers: operations of a micro-batch; memory's share.
+# Above these limits, trials have one and two layers: operations of a micro-batch; share of memory.
 OPERATIONS, SHARE = 4e12, 0.5
 
 
@@ -120,7 +120,7 @@ def _run(recipe: Recipe, student_layers: int | None, teacher_layers: int | None)
     except EOFError:
         raise InputError(
             "the trial ended without an error message, probably for lack of memory: use a machine "
-            "with more, or a smaller train.per_device_train_batch_size"
+            "with more memory, or a smaller train.per_device_train_batch_size"
         ) from None
     finally:
         child.join()
@@ -160,7 +160,7 @@ def _trial(recipe: Recipe, student_layers: int | None, teacher_layers: int | Non
             settings |= _WRITING | {"on_policy": share}
             student.generation_config.eos_token_id = None  # texts as long as they may be
         if recipe.record is not None:
-            settings["alpha"] = 0.0  # takes what a recorded teacher takes, within some percent
+            settings["alpha"] = 0.0  # costs the same as a recorded teacher, within a few percent
         args = training_arguments(recipe, settings, folder)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * STEPS
         ids = torch.randint(0, vocabulary, (rows, length)).tolist()

@@ -1,4 +1,4 @@
-"""Let the causal language models of a run write: a few texts to show, and many to measure."""
+"""Texts of a run's causal language models: a few to show, and many to measure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Continuations:
 def written_by(
     run: Run, model: Any, teacher: Teacher, rows: Dataset, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The figures of what a model writes after `evaluate.written` rows of a set."""
+    """The figures of a model's texts for the prompts of `evaluate.written` rows of a set."""
     section = run.recipe.evaluate
     return evaluate_written(
         model,

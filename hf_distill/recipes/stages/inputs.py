@@ -1,4 +1,4 @@
-"""Check the external inputs of a recipe, and tell whether they have changed."""
+"""Check the external inputs of a recipe, and detect changes in them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def training_arguments(
 def micro_batches(rows: int, devices: int, most: int | None) -> tuple[int, int]:
     """Split a device's share of a step's rows into micro-batches: rows at a time, and how often.
 
-    most: rows that may go through at a time; by default the whole share
+    most: rows at a time; by default the whole share
     raises: InputError where the devices cannot share them evenly
     """
     share, left = divmod(rows, devices)

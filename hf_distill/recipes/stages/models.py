@@ -78,7 +78,7 @@ def labels_of(run: Run) -> Labels | None:
 
 
 def head_settings(run: Run) -> dict[str, Any]:
-    """What the config of a model of this run says of its classes."""
+    """The settings of a model's config for the classes of this run."""
     labels = labels_of(run)
     if labels is None:
         return {}
@@ -89,10 +89,10 @@ def head_settings(run: Run) -> dict[str, Any]:
 
 
 def rows_to_learn(run: Run, split: str) -> Dataset:
-    """The rows that the student learns.
+    """The rows of a split for the student.
 
-    To train on: with targets that the teacher has written, and rows without labels, if the recipe
-    has such.
+    Training rows have the targets that the teacher has written, and include rows without labels, if
+    the recipe has such.
     """
     if split == "train" and run.recipe.annotate is not None:
         return load_from_disk(str(run.folder / "annotation" / split))
@@ -127,7 +127,7 @@ def teacher_source(run: Run) -> tuple[str, dict[str, Any]]:
 
 
 def _kept(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that a checkpoint of this run is loaded with like the one that it is made of."""
+    """The keywords to load a checkpoint of this run like the model that it was made from."""
     return {k: v for k, v in model_kwargs.items() if k in ("dtype", "attn_implementation")}
 
 

@@ -1,4 +1,4 @@
-"""The ten stages, the inputs of each, and the results that it uses.
+"""The ten stages, with the inputs of each and the results that it uses.
 
 prepare -> teacher -> annotate -> record -> student -> baseline -> off_policy -> train -> evaluate
 -> report
@@ -44,7 +44,7 @@ def _decide_rows(recipe: Recipe) -> Any:
 
 
 def _given_teacher(recipe: Recipe) -> Any:
-    """A teacher that is not trained here. One that is has its stage's fingerprint instead."""
+    """The source of a teacher that is not trained in this run; None for one that is."""
     section = recipe.teacher
     if section.is_trained_here:
         return None
@@ -85,7 +85,7 @@ def _decide_student(recipe: Recipe) -> Any:
     return [recipe.seed, made_of, section.from_teacher and _given_teacher(recipe)]
 
 
-# With cross-entropy only, these decide nothing but the divergence that is logged.
+# With cross-entropy only, these settings affect only the logged divergence.
 OF_THE_DIVERGENCE = {"alpha", "temperature", "divergence", "beta", "skew", "features"}
 OF_THE_DIVERGENCE |= OnPolicyArguments.names()
 

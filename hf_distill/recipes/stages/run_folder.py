@@ -58,8 +58,8 @@ def _tell_of_missing_processes(run: Run) -> None:
         and run.state.num_processes == 1
     ):
         run.log(
-            "note: accelerate has started one process, however many were asked for; for several on "
-            "CPUs use `accelerate launch --config_file recipes/accelerate/cpu2.yaml`"
+            "note: accelerate has started one process only; for several processes on CPUs use "
+            "`accelerate launch --config_file recipes/accelerate/cpu2.yaml`"
         )
 
 
@@ -74,7 +74,7 @@ def _claim(run: Run, source: Path, lock: FileLock) -> dict[str, str | None] | No
         raise InputError(f"{str(folder)!r} is a file, so no run can be kept there") from None
     if present and "recipe.yaml" not in present:
         raise InputError(
-            f"{str(folder)!r} is no run folder, but has files in it: "
+            f"{str(folder)!r} is not a run folder, but has files in it: "
             "change 'name' or 'output_dir', or empty it"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _refuse_another(folder: Path, text: str, origin: str) -> None:
     earlier = (read_json(folder / "work" / "run.json") or {}).get("recipe", origin)
     if kept.exists() and earlier != origin and kept.read_text(encoding="utf-8") != text:
         raise InputError(
-            f"{str(folder)!r} holds a run of another recipe ({earlier} from there): "
+            f"{str(folder)!r} holds a run of another recipe ({earlier} from that folder): "
             "change 'name' or 'output_dir', or remove that folder"
         )
 
@@ -145,7 +145,7 @@ def recipe_of(folder: str | Path) -> Recipe:
     path = Path(folder) / "recipe.yaml"
     if not path.is_file():
         raise InputError(
-            f"{str(folder)!r} is no run folder, since it has no recipe.yaml: give one that "
-            "`hf-distill run` has made, as in runs/quickstart"
+            f"{str(folder)!r} is not a run folder, since it has no recipe.yaml: give a folder made "
+            "by `hf-distill run`, such as runs/quickstart"
         )
     return parse_recipe(path.read_text(encoding="utf-8"))

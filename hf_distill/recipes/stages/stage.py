@@ -1,8 +1,8 @@
 """Run stages: skip those whose inputs have not changed, resume those that were interrupted.
 
 A stage writes its result into `work/<stage>/`. The result is moved to its final name when it is
-complete; then a stamp, `work/<stage>.json`, records its inputs. A kill at any instant leaves either
-the old result, or a stage that runs again from its last complete checkpoint.
+complete; then a stamp, `work/<stage>.json`, records its inputs. After a kill at any time, either
+the old result is there, or the stage runs again from its last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ NEVER_SHARED = ("report",)
 class Stage:
     """One step of a run, called with the run.
 
-    doing: what the stage does, for the log
+    doing: description of the work, for the log
     result: the file or folder that it makes in the run folder
     reads: the part of the recipe, and of the files outside, that decides the result
     after: the stages whose results it uses
     make: called with the run and the path to make the result at; on all processes where
         `everywhere` is True, otherwise on the main process alone
     wanted: whether the recipe has this stage; if not, an earlier result stays
-    keeps: parts of a result that an interrupted stage goes on from
+    keeps: parts of a result from which an interrupted stage resumes
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the evaluation of tasks needs beside models and rows: references, settings, examples."""
+"""References, generation settings and examples for the evaluation of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages `teacher`, `baseline` and `train`: the same training with other teachers and weights."""
+"""Stages `teacher`, `baseline`, `off_policy` and `train`: one training with other settings."""
 
 from __future__ import annotations
 

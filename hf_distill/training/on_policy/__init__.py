@@ -1,8 +1,8 @@
-"""On-policy rows: the student writes the completions that the teacher judges.
+"""On-policy rows: the student generates completions, and the teacher gives its distributions.
 
 OnPolicy              replaces rows of an optimizer step by the student's own text
 OnPolicyArguments     its settings, a part of `DistillationArguments`
-written_rows          what was written in a training, as a data set; WRITTEN_ROWS, its file
+written_rows          the texts generated in a training, as a data set; WRITTEN_ROWS, its file
 """
 
 from hf_distill.training.on_policy.arguments import OnPolicyArguments

@@ -8,10 +8,10 @@ from transformers import TrainingArguments
 
 from hf_distill.losses.divergences import DIVERGENCES
 
-# Losses of the student's own text beside the divergences (`losses.policy_gradient`): each drawn
-# token by itself, and MiniLLM's, where a token also answers for those after it.
+# Further losses on the student's own text (`losses.policy_gradient`): by single sampled tokens, and
+# MiniLLM's, in which the weight of a token depends on the tokens after it.
 DRAWN, SEQUENCE = "drawn_token", "sequence_reverse_kl"
-# The backends that write (`on_policy.backends`).
+# The backends that generate text (`on_policy.backends`).
 WRITING_BACKENDS = ("generate", "vllm")
 
 
@@ -22,72 +22,79 @@ class OnPolicyArguments(TrainingArguments):
     on_policy: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the rows, 0 to 1, whose completion the student writes itself in each "
-            "step, to be judged by a live teacher without cross-entropy."
+            "help": "Share of the rows, 0 to 1, whose completions the student generates in each "
+            "step. They have the divergence from a live teacher and no cross-entropy."
         },
     )
     on_policy_warmup: float = field(
         default=0.0,
         metadata={
-            "help": "Steps in which that share rises linearly from 0; below 1 a share of all steps."
+            "help": "Steps over which on_policy rises linearly from 0; a value below 1 is a share "
+            "of all steps."
         },
     )
     on_policy_raise: float = field(
         default=0.0,
         metadata={
-            "help": "Added to that share, up to 1, at each evaluation with a higher loss than the "
-            "one before."
+            "help": "Added to the share of on-policy rows, up to 1, at each evaluation with a "
+            "higher loss than the previous one."
         },
     )
     on_policy_divergence: str | None = field(
         default=None,
         metadata={
-            "help": "Divergence of the student's own text where it is not that of the other rows; "
-            f"also {DRAWN}, the reverse KL estimated from each token that was drawn, and "
-            f"{SEQUENCE}, the reverse KL of whole texts, in which a token also answers for what "
-            "follows it."
+            "help": "Divergence on the student's own text, by default that of the other rows; "
+            f"also {DRAWN}, the reverse KL estimated from each sampled token, and "
+            f"{SEQUENCE}, the reverse KL of whole texts (MiniLLM)."
         },
     )
     teacher_mix: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the teacher's distribution in that from which each token of the "
-            "student's own text is drawn, 0 to below 1."
+            "help": "Weight of the teacher, 0 to below 1, in the mixture of distributions that the "
+            "student's own text is sampled from."
         },
     )
     sampling_temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature at which the student writes; 0 for the likeliest tokens."},
+        metadata={"help": "Temperature at which the student generates text; 0 is greedy."},
     )
     top_p: float = field(
-        default=1.0, metadata={"help": "The student draws from the likeliest tokens of this mass."}
+        default=1.0,
+        metadata={
+            "help": "The student samples from the most likely tokens with this total probability."
+        },
     )
     top_k: int = field(
-        default=0, metadata={"help": "The student draws from this many likeliest tokens; 0: all."}
+        default=0,
+        metadata={"help": "The student samples from this many most likely tokens; 0: all."},
     )
     max_new_tokens: int = field(
-        default=128, metadata={"help": "The most tokens that the student writes for a row."}
+        default=128, metadata={"help": "Most tokens that the student generates for a row."}
     )
     prompt_tokens: int = field(
         default=32,
-        metadata={"help": "Tokens of a prompt where a row has none of its own (plain text)."},
+        metadata={
+            "help": "Length of the prompt in rows without a prompt of their own (plain text)."
+        },
     )
     keep_rows: bool = field(
         default=False,
         metadata={
-            "help": "Keep the rows that the student writes in output_dir, for "
+            "help": "Save the rows that the student generates in output_dir, for "
             "hf_distill.written_rows."
         },
     )
     replay: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the written rows, 0 to 1, that repeat one of an earlier step instead."
+            "help": "Share of the generated rows, 0 to 1, that reuse a text of an earlier step "
+            "instead."
         },
     )
     writing_backend: str = field(
         default="generate",
-        metadata={"help": f"What writes the student's text: {' or '.join(WRITING_BACKENDS)}."},
+        metadata={"help": f"What generates the student's text: {' or '.join(WRITING_BACKENDS)}."},
     )
     vllm_memory: float = field(
         default=0.3,
@@ -96,15 +103,13 @@ class OnPolicyArguments(TrainingArguments):
     vllm_server: str | None = field(
         default=None,
         metadata={
-            "help": "Address of a vLLM server that writes, such as http://localhost:8000; by "
+            "help": "Address of a vLLM server that generates, such as http://localhost:8000; by "
             "default an engine in the training's own processes."
         },
     )
     sample_steps: int = field(
         default=50,
-        metadata={
-            "help": "Steps between the written texts that are kept in the log history; 0 for none."
-        },
+        metadata={"help": "Steps between sample texts in the log history; 0 for none."},
     )
 
     @staticmethod
@@ -148,7 +153,7 @@ class OnPolicyArguments(TrainingArguments):
         }
 
     def _ranges_of_draws(self) -> dict[str, tuple[bool, str]]:
-        """What a loss needs that is right only for draws from the whole distribution as it is."""
+        """The values required by losses that are correct only for unrestricted sampling."""
         if self.on_policy_divergence in (DRAWN, SEQUENCE):
             cause = f"with on_policy_divergence {self.on_policy_divergence!r}"
         elif self.teacher_mix:

@@ -1,4 +1,4 @@
-"""Which trainers and rows allow a student to write."""
+"""Check that a trainer and its rows support on-policy rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from hf_distill.training.on_policy.rows import KNOWN
 
 
 def check(trainer: Any, batch: Mapping[str, Any]) -> None:
-    """InputError for what the student cannot write on.
+    """InputError for a trainer or rows that do not support on-policy rows.
 
     trainer: a `DistillationTrainer`; batch: one of those of a step
     """
     names = set(batch)
     if not isinstance(trainer._loss.task, CausalLM | Seq2SeqLM):
-        raise InputError(f"on_policy needs a student that writes, not {trainer._loss.task.name}")
+        raise InputError(
+            f"on_policy needs a student that generates text, not {trainer._loss.task.name}: set it "
+            "to 0"
+        )
     if trainer.args.on_policy_raise and trainer.args.eval_strategy == "no":
         raise InputError(
             "on_policy_raise follows the loss of evaluations, but eval_strategy is 'no': set "
@@ -31,18 +34,18 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
     if trainer.teacher is None:
         beside = ", beside the recordings of the data rows" if trainer._recorded else ""
         raise InputError(
-            "on_policy needs a live teacher to judge what the student writes: pass teacher="
+            "on_policy needs a live teacher for the text that the student generates: pass teacher="
             f"{beside}"
         )
     if trainer.args.teacher_mix:
         _check_mixture(trainer, names)
     if isinstance(trainer.model_wrapped, FullyShardedDataParallel):
         raise InputError(
-            "on_policy needs weights that it can gather, but fsdp_version is 1: set it to 2"
+            "on_policy cannot gather the weights of FSDP version 1: set fsdp_version to 2"
         )
     if (getattr(base_model(trainer.model), "tp_size", None) or 1) > 1:
         raise InputError(
-            "on_policy cannot write with tensor parallelism: use DDP, ZeRO or FSDP2 for the student"
+            "on_policy does not support tensor parallelism: use DDP, ZeRO or FSDP2 for the student"
         )
     if TEACHER_PROMPT_IDS in names and (trainer._recorded is not None or trainer.args.replay):
         raise InputError(
@@ -53,19 +56,21 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
         raise InputError("on_policy needs one document a row: set packing to False")
     if further := sorted(names - KNOWN):
         raise InputError(
-            f"on_policy makes rows anew and knows nothing of {further[0]!r}: leave out that column"
+            f"on_policy replaces rows and cannot make the column {further[0]!r}: leave it out"
         )
     if batch.get("labels") is None:
-        raise InputError("on_policy needs labels, before whose first the prompt stands")
+        raise InputError(
+            "on_policy needs labels, since the prompt ends before the first one: add labels"
+        )
 
 
 def _check_mixture(trainer: Any, names: set[str]) -> None:
-    """InputError where the teacher cannot have a share in each token that is drawn."""
+    """InputError if the teacher cannot be mixed into the sampling distribution."""
     teacher = trainer.teacher
     if trainer.args.writing_backend != "generate":
         raise InputError(
-            f"teacher_mix needs the student and the teacher to write together, but writing_backend "
-            f"is {trainer.args.writing_backend!r}: set it to 'generate'"
+            f"teacher_mix runs the teacher at every generated token, which writing_backend "
+            f"{trainer.args.writing_backend!r} does not support: set it to 'generate'"
         )
     if isinstance(trainer._loss.task, Seq2SeqLM):
         raise InputError("teacher_mix is for causal models: set it to 0 for an encoder-decoder")

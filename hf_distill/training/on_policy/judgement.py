@@ -1,4 +1,4 @@
-"""How student and teacher judge what the student has written, for the log."""
+"""Figures of the student's newest texts under student and teacher, for the log."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ ROWS = 8  # the newest texts, so that a log costs one small forward of both mode
 def judgement(trainer: Any, texts: Sequence[Text], pad_token_id: int) -> dict[str, float]:
     """Figures of the newest texts, by their names in the log; means over their tokens.
 
-    written_log_prob, written_teacher_log_prob: what student and teacher give a token, in nats
-    written_agreement: share of places where both have the same most likely token
-    texts: of all processes, so that each finds the same figures, and a teacher in shards is asked
-        by all of them
+    written_log_prob, written_teacher_log_prob: log-probability of a token under student and
+        teacher, in nats
+    written_agreement: share of positions where both have the same most likely token
+    texts: of all processes, so that each computes the same figures, and all run a sharded teacher
+        together
     """
     encoder_decoder = isinstance(trainer._loss.task, Seq2SeqLM)
     rows = [

@@ -1,4 +1,4 @@
-"""The texts that a student has written in a training: kept in a file, repeated, read again."""
+"""The texts that a student generated in a training: save them, reuse them, load them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ FEATURES = Features(
 
 
 def written_rows(output_dir: str | Path) -> Dataset:
-    """The rows that a student has written in a training with `keep_rows`, in order of steps.
+    """Load the rows that a student generated in a training with `keep_rows`, in order of steps.
 
     output_dir: of the training
     returns: rows for recording and training: `input_ids`, `labels` (the completion, with its
-        end-of-text token where it ended; of an encoder-decoder the whole text), `ce_weight` (0:
-        the student's own text is no label), and for reading: `step`, the optimizer step from 1,
-        `prompt_id`, equal for equal prompts, `prompt` and `text`, and `finished`
-    raises: InputError where nothing was kept
+        end-of-text token if it ended; for an encoder-decoder the whole text), `ce_weight` (0, since
+        the student's own text is not a label); and for reading: `step` (the optimizer step, from
+        1), `prompt_id` (equal for equal prompts), `prompt`, `text` and `finished`
+    raises: InputError if no rows were kept
     """
     path = Path(output_dir) / WRITTEN_ROWS
     if not path.is_file():
@@ -75,7 +75,7 @@ class KeptTexts:
         self._texts: list[Text] = []
 
     def resume(self, step: int, accelerator: Accelerator) -> None:
-        """Go on after `step` optimizer steps: what was written later is forgotten, also on disk."""
+        """Resume after `step` optimizer steps; deletes later texts, also on disk."""
         kept: list[Any] = [[]]
         if accelerator.is_main_process:
             lines = [line for line in _lines(self.path) if line["step"] <= step]

@@ -15,7 +15,7 @@ from hf_distill.losses.targets import IGNORE
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX
 
-# The entries of a batch that are made anew. Others cannot be: nobody knows how.
+# The entries of a batch that can be made for generated rows.
 KNOWN = {"input_ids", "attention_mask", "labels", "ce_weight", "divergence_weight", TARGET_INDEX}
 KNOWN |= {"decoder_input_ids", "decoder_attention_mask", TEACHER_PROMPT_IDS, *ALL_NAMES}
 
@@ -24,11 +24,11 @@ KNOWN |= {"decoder_input_ids", "decoder_attention_mask", TEACHER_PROMPT_IDS, *AL
 class Row:
     """A row without padding.
 
-    ids, labels: of the data, for an encoder-decoder source and target
-    prompt: what the student continues
+    ids, labels: of the data; for an encoder-decoder, source and target
+    prompt: the ids that the student continues
     recorded: the teacher's recording by name, (positions, ...) each
-    teacher_prompt: what the teacher reads in place of the prompt
-    completion: what the student has written; None where the row is one of the data
+    teacher_prompt: the ids that the teacher reads in place of the prompt
+    completion: the ids that the student has generated; None for a data row
     """
 
     ids: list[int]
@@ -68,8 +68,8 @@ class Row:
         start = len(self.prompt)
         if any(label != IGNORE for label in self.labels[1:start]):
             raise InputError(
-                f"a row with {TEACHER_PROMPT_IDS} has labels in its prompt, where the teacher "
-                "reads something else: set labels to -100 there"
+                f"a row with {TEACHER_PROMPT_IDS} has labels in its prompt, which differs from the "
+                "teacher's: set labels to -100 there"
             )
         labels = [IGNORE] * len(prompt) + self.labels[start:]
         return replace(self, ids=prompt + self.ids[start:], labels=labels)

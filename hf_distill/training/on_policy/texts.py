@@ -1,4 +1,4 @@
-"""What the student has written: one text, and the figures of many."""
+"""The student's generated texts: one text, and figures and warnings about many."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import xxhash
 
 from hf_distill.data.text_figures import length_and_variety
 
-# So many steps in a row before the warnings, with at least this share of texts that were cut, or
-# of repeated pairs of tokens in a text.
+# The warnings come after this many steps in a row with at least this share of cut texts, or of
+# repeated pairs of tokens.
 PATIENCE, NEARLY_ALL, OFTEN = 3, 0.9, 0.5
 
 
@@ -46,7 +46,7 @@ def text_figures(texts: Sequence[Text]) -> dict[str, float]:
 
 @dataclass
 class Troubles:
-    """Finds texts that go wrong step after step."""
+    """Detects steps in a row with cut or repetitive texts."""
 
     _cut: int = 0
     _repeated: int = 0
@@ -61,21 +61,22 @@ class Troubles:
         found = []
         if self._cut == PATIENCE:
             found.append(
-                f"In {PATIENCE} steps nearly all texts of the student ran to max_new_tokens="
-                f"{max_new_tokens} without an end: raise it, or check that the student has learnt "
-                "to stop."
+                f"In {PATIENCE} steps in a row, nearly all texts of the student reached "
+                f"max_new_tokens={max_new_tokens} without an end: raise it, or check that the "
+                "student has learnt to stop."
             )
         if self._repeated == PATIENCE:
             found.append(
-                f"In {PATIENCE} steps at least half of the student's text repeated itself: train "
-                "it on data rows first, lower on_policy, or raise sampling_temperature."
+                f"In {PATIENCE} steps in a row, at least half of the student's text was "
+                "repetition: train it on data rows first, lower on_policy, or raise "
+                "sampling_temperature."
             )
         return found
 
 
 @dataclass
 class Stopwatch:
-    """Seconds of work by name, also where a device works beside the host.
+    """Seconds of work by name, also for a device that runs asynchronously.
 
     device: whose work is timed
     """

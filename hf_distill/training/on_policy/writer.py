@@ -1,11 +1,11 @@
 """`OnPolicy`: replaces rows of an optimizer step by the student's own text.
 
-Before the targets of an optimizer step are counted, a share of its rows is replaced: the prompt of
-the row stays, the student writes what follows. Counting, the objective and the fused head then see
-a batch like any other. The student's own text carries no cross-entropy (`ce_weight` 0).
+Before the targets of an optimizer step are counted, a share of its rows is replaced: the prompt is
+kept, and the student generates the completion. Counting, the objective and the fused head then get
+ordinary batches. The student's own text has no cross-entropy (`ce_weight` 0).
 
-Which rows, and what is drawn, follows from seed, step and prompt alone: neither batch size,
-accumulation, processes nor an interruption change it. Source: GKD, arXiv:2306.13649.
+The selected rows and the sampled tokens depend on seed, step and prompt only, not on batch size,
+accumulation, the number of processes or an interruption. Source: GKD, arXiv:2306.13649.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class OnPolicy:
             return {}
         self._teacher_prompts = TEACHER_PROMPT_IDS in batches[0]
         check(self.trainer, batches[0])
-        if self.trainer.state is not self._state:  # another training, or one that goes on
+        if self.trainer.state is not self._state:  # another training, or a resumed one
             self._state, self._texts = self.trainer.state, []
             self._troubles, self._kept = Troubles(), None
         rows = [
@@ -118,7 +118,7 @@ class OnPolicy:
             return {}
         judging = seconds.get("judging", 0.0)
         self._sample(texts)
-        if not self._teacher_prompts:  # the texts alone do not tell what the teacher has read
+        if not self._teacher_prompts:  # the texts do not contain the teacher's prompts
             found |= judgement(self.trainer, texts, self.pad_token_id)
         return found | {
             "writing_seconds": seconds.get("writing", 0.0),
@@ -175,7 +175,7 @@ class OnPolicy:
 
     @property
     def apart(self) -> bool:
-        """Whether the student's text and data rows are judged in different ways."""
+        """Whether generated rows and data rows have different signals or divergences."""
         named = self.trainer.args.on_policy_divergence or self.trainer.args.teacher_mix
         return self.trainer._recorded is not None or bool(named) or self._teacher_prompts
 
@@ -198,7 +198,7 @@ class OnPolicy:
         return sorted(gather_object(texts))
 
     def _backend(self) -> Backend:
-        """What writes, made at the first step."""
+        """The backend, made at the first step."""
         if self._made is None:
             self._made = make_backend(self.trainer, self.pad_token_id)
         return self._made
@@ -216,8 +216,8 @@ class OnPolicy:
                 continue
             if len(prompt) >= limit:
                 raise InputError(
-                    f"a prompt has {len(prompt)} tokens, but the {role} has {limit} positions, so "
-                    "that nothing can be written: cut the prompts shorter"
+                    f"a prompt has {len(prompt)} tokens, but the {role} has {limit} positions, "
+                    "which leaves none for a completion: shorten the prompts"
                 )
             most = min(most, limit - len(prompt))
         return most
@@ -277,7 +277,7 @@ class OnPolicy:
     def _written(
         self, rows: list[Row], made: Mapping[str, Tensor], index: Tensor, device: Any
     ) -> Written:
-        """Which targets are judged by whom. All indices are made on the CPU."""
+        """The targets of generated rows and of data rows. All indices are made on the CPU."""
         own_rows = torch.tensor([row.written for row in rows])
         own = own_rows[torch.div(index, made["labels"].shape[1], rounding_mode="floor")]
         asked = asked_index = None

@@ -1,4 +1,4 @@
-"""The entry of a batch that says which targets the student has written, and who judges them."""
+"""The entry of a batch that marks the student's own targets, with their signal and divergence."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OWN_TARGETS, DATA_TARGETS = "written_targets", "data_targets"
 
 @dataclass(frozen=True)
 class Written:
-    """A batch whose rows are judged apart: the student's own text, and the rows of the data.
+    """A batch in which generated rows and data rows have separate losses.
 
-    rows: (rows,) bool, those that the student has written
+    rows: (rows,) bool, the generated rows
     own, data: int64, the places of their targets among all targets of the batch, ascending
-    asked: the batch that the live teacher sees, with labels; None for the student's own batch
-    asked_index: the target index of `asked`. Its targets, in their order, are those of `own` where
-        the rows of the data have recordings, else all of the student's batch
+    asked: the batch that the live teacher reads, with labels; None for the student's own batch
+    asked_index: the target index of `asked`. Its targets, in their order, are those of `own` if
+        the data rows have recordings, else all of the student's batch
     divergence: of the student's own text, by name; None for that of the data rows
     draws: what the loss makes of the student's own draws
     """
@@ -47,7 +47,7 @@ class Written:
     draws: Draws | None = None
 
     def asked_inputs(self, task: Task) -> tuple[dict[str, Any], Targets]:
-        """What the live teacher is given where it does not see the student's batch."""
+        """The live teacher's inputs, if it reads another batch than the student."""
         assert self.asked is not None
         return task.model_inputs(self.asked), task.targets(self.asked, self.asked_index)
 
@@ -94,7 +94,7 @@ def own_divergence(args: OnPolicyArguments) -> tuple[str, Divergence] | None:
 
 
 def own_draws(args: OnPolicyArguments) -> Draws | None:
-    """What the loss makes of the student's draws; None where only the distributions count."""
+    """How the loss uses the student's samples; None if it uses distributions only."""
     name, share = args.on_policy_divergence, args.teacher_mix
     if not share and name not in (DRAWN, SEQUENCE):
         return None

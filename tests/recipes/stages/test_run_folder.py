@@ -39,7 +39,7 @@ def test_the_resolved_recipe_is_kept(source: Path, tmp_path: Path) -> None:
     kept: Recipe = parse_recipe((tmp_path / "runs/tiny/recipe.yaml").read_text())
     assert kept.resolved()["train"]["alpha"] == 0.25
     assert recipe_of(tmp_path / "runs/tiny") == kept
-    with pytest.raises(InputError, match=r"is no run folder, since it has no recipe\.yaml"):
+    with pytest.raises(InputError, match=r"is not a run folder, since it has no recipe\.yaml"):
         recipe_of(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_a_folder_with_other_files_is_left_alone(source: Path, tmp_path: Path) -
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="is no run folder, but has files in it"):
+    with pytest.raises(InputError, match="is not a run folder, but has files in it"):
         start(source)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     (folder / "thesis.txt").unlink()

@@ -1,4 +1,4 @@
-"""What a backend that writes text is asked for, and what it answers."""
+"""The interface of backends that generate text, and its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A text: the new ids, with the end-of-text token if there is one, and whether it has ended."""
+    """A text: the new ids, including the end-of-text token if any, and whether it has ended."""
 
     ids: list[int]
     finished: bool
 
 
 class Backend(Protocol):
-    """Writes the student's text.
+    """Generates the student's text.
 
-    Where texts are drawn, a text depends on its prompt and seed, up to rounding.
+    A sampled text depends on its prompt and seed only, up to rounding.
     """
 
     def write(self, prompts: Sequence[Prompt]) -> list[Written]:
@@ -50,7 +50,8 @@ class Sampling:
     """How tokens are chosen.
 
     temperature: 0 for the likeliest tokens; top_p, top_k: see `OnPolicyArguments`
-    never: ids that are not written: the model's own, and those that the teacher does not share
+    never: ids that are not generated: those that the model's generation config suppresses, and
+        those that the teacher does not share
     """
 
     temperature: float

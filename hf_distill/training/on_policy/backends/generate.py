@@ -1,4 +1,4 @@
-"""Write with `generate` of transformers, by batches of prompts of similar length."""
+"""Generate text with transformers' `generate`, in batches of prompts of similar length."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROWS_AT_A_TIME = 32
 
 
 class GenerateBackend:
-    """The student itself writes, in eval mode; see `Backend`.
+    """Generates with the student itself, in eval mode; see `Backend`.
 
-    A student in shards is gathered once for all texts of a step, since processes write unequal
-    numbers of texts of unequal length.
+    A sharded student is gathered once for all texts of a step, since the number and length of texts
+    differ between processes.
 
-    trainer: a `DistillationTrainer`; pad_token_id: what it pads is masked
+    trainer: a `DistillationTrainer`; pad_token_id: the padding, which is masked
     """
 
     def __init__(self, trainer: Any, pad_token_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Write with vLLM in the training's own process, and what a server of vLLM shares with it."""
+"""Generate text with vLLM in the training's own process; helpers shared with the server backend."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from hf_distill.training.on_policy.backends.merged_weights import merged_weights
 class VllmBackend:
     """An engine of vLLM on each process's own device; see `Backend`.
 
-    The engine is made at the first step from the student's config. Each step that writes sends it
-    the student's weights, with an adapter merged into them.
+    The engine is made at the first step from the student's config. At each step with texts to
+    generate, it receives the student's weights, with an adapter merged into them.
 
     trainer: a `DistillationTrainer`
     raises: InputError where vLLM is missing or cannot run this student
@@ -49,7 +49,7 @@ class VllmBackend:
             engine = self._engine()
             with whole_weights(self.trainer.model), merged_weights(self.trainer.model) as weights:
                 engine.apply_model(lambda model: _load(model, weights))
-            engine.reset_prefix_cache()  # what it remembers was computed with other weights
+            engine.reset_prefix_cache()  # its content was computed with other weights
             if not prompts:
                 return []
             found = engine.generate(
@@ -64,7 +64,7 @@ class VllmBackend:
         """The engine, made in the first call with weights that are replaced before it writes."""
         if self._made is not None:
             return self._made
-        # In another process the weights would have to be sent, and draws depend on its schedule.
+        # With another process, weights must be sent to it and samples depend on its schedule.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
@@ -72,7 +72,7 @@ class VllmBackend:
         options: dict[str, Any] = {}
         if self.trainer.accelerator.num_processes > 1:  # else each would look for its own group
             options["distributed_executor_backend"] = "external_launcher"
-        if args.max_length is not None:  # else room is kept for the longest text of the model
+        if args.max_length is not None:  # else memory is kept for the longest text of the model
             most = args.max_length + args.max_new_tokens
             limit = self.trainer._loss.student.position_limit
             options["max_model_len"] = most if limit is None else min(most, limit)
@@ -157,7 +157,7 @@ def _dtype(args: Any, student: Any) -> str:
 
 @contextmanager
 def _kept_random_state(device: torch.device) -> Iterator[None]:
-    """Afterwards all random states are as before: an engine in this process sets them."""
+    """A context that restores all random states, which an engine in this process sets."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""Write with a server of vLLM on devices of its own, which receives the student's weights."""
+"""Generate text with a vLLM server on other devices, which receives the student's weights."""
 
 from __future__ import annotations
 
