@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 
 from hf_distill.evaluation import Evaluation, evaluate_models
 from hf_distill.evaluation.harness import Scores, harness_scores
@@ -92,19 +94,8 @@ def measure(run: Run, result: Path) -> None:
             figures[split] |= found
         for role in roles:
             all_costs[role] = costs[role] | _training_time(run, role)
-        for role, model in models.items():
-            if shown is None or role in ("unadapted", "initial"):
-                continue
-            shards = role == "teacher" and teacher.together  # run by all processes together
-            if run.state.is_main_process or shards:
-                shown.add(role, model)
-            if shards:
-                continue
-            for split, rows in sets.items() if section.written else ():
-                figures[split][role] |= written_by(run, model, teacher, rows, accelerator)
-            if section.harness is not None:
-                precision = PRECISIONS.get(accelerator.mixed_precision)
-                scores[role] = run.from_main(partial(_benchmarks, run, model, precision))
+        if shown is not None:
+            scores |= _generate(run, models, teacher, sets, accelerator, shown, figures)
         del models
         gc.collect()
         run.state.wait_for_everyone()
@@ -119,6 +110,36 @@ def measure(run: Run, result: Path) -> None:
         if scores:
             facts["harness"] = {"version": version("lm_eval"), "tasks": by_task(scores)}
         _write(run, result, figures, all_costs, facts)
+
+
+def _generate(
+    run: Run,
+    models: Mapping[str, Any],
+    teacher: LiveTeacher,
+    sets: Mapping[str, Dataset],
+    accelerator: Accelerator,
+    shown: Continuations,
+    figures: Mapping[str, dict[str, Evaluation]],
+) -> dict[str, Scores]:
+    """Let causal models continue prompts, into `shown` and `figures`; their benchmark scores.
+
+    A collective of all processes. A teacher in shards runs on all of them, and only continues.
+    """
+    scores: dict[str, Scores] = {}
+    for role, model in models.items():
+        if role in ("unadapted", "initial"):
+            continue
+        in_shards = role == "teacher" and teacher.together
+        if run.state.is_main_process or in_shards:
+            shown.add(role, model)
+        if in_shards:
+            continue
+        for split, rows in sets.items() if run.recipe.evaluate.written else ():
+            figures[split][role] |= written_by(run, model, teacher, rows, accelerator)
+        if run.recipe.evaluate.harness is not None:
+            precision = PRECISIONS.get(accelerator.mixed_precision)
+            scores[role] = run.from_main(partial(_benchmarks, run, model, precision))
+    return scores
 
 
 def _benchmarks(run: Run, model: Any, precision: torch.dtype | None) -> Scores:
