@@ -23,14 +23,14 @@ class Plan:
     held_out: share of the contexts whose questions are for evaluation
     """
 
-    files: tuple[str, ...] = ("qa/xquad/xquad.en.jsonl.gz", "qa/adversarial_quoref/train.jsonl.gz")
+    files: tuple[str, ...] = ("qa/xquad/xquad.en.jsonl.gz",)
     held_out: float = 0.25
     max_length: int = 256
     stride: int = 64
-    teacher_epochs: float = 4
-    epochs: float = 4
-    teacher_learning_rate: float = 1e-4
-    learning_rate: float = 1e-4
+    teacher_epochs: float = 8
+    epochs: float = 3
+    teacher_learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     batch_size: int = 16
     layers: Any = "first_and_last"
     num_layers: int = 3

@@ -271,7 +271,8 @@ def draws(rows: Rows, number: int = 8) -> Sampled:
     return Sampled(ids, weights, -(log_p.exp() * log_p).sum(-1))
 
 
-@pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quick"], []])
 def test_variants_compile_with_few_registers(options: list[str]) -> None:
     """The static rows of the benchmarks, for three generations of GPUs."""
     root = Path(__file__).resolve().parents[2]

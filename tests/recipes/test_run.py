@@ -312,6 +312,8 @@ def losses(model: Path) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_an_error_on_two_processes_is_told_once(recipe: Path) -> None:
     done = launch(recipe, "cpu2.yaml", "name=bad", "data.train=nothing/*.txt")
     assert done.returncode != 0

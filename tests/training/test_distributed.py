@@ -134,6 +134,7 @@ def test_two_processes_equal_one_everywhere(engine: str, tmp_path: Path) -> None
 # ---- Interruptions ----
 
 
+@pytest.mark.slow
 def test_zero3_goes_on_and_its_weights_go_elsewhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
