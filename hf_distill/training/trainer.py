@@ -3,7 +3,7 @@
 The trainer combines parts of other modules: a task defines the targets, a teacher turns a batch
 into a signal, `training.loss` computes sums from student, labels and signal. It overrides Trainer's
 methods for counting (`_get_num_items_in_batch`), for the loss (`compute_loss`, `prediction_step`)
-and for logs; `training.saving` overrides those for saving.
+and for logs; `training.saving` overrides those for saving, `training.datasets` those for data sets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_distill.training import setup
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.checkpoints import checkpoint_to_resume
 from hf_distill.training.collator import checking_collator
-from hf_distill.training.datasets import prepare_datasets
+from hf_distill.training.datasets import DatasetsMixin, prepare_datasets
 from hf_distill.training.evaluation_sums import EvaluationSums
 from hf_distill.training.loss import Counts, DistillationLoss, step_counts
 from hf_distill.training.on_policy import OnPolicy
@@ -35,7 +35,7 @@ from hf_distill.training.saving import SavingMixin
 from hf_distill.training.step_sums import StepSums, loss_for_log
 
 
-class DistillationMixin(SavingMixin):
+class DistillationMixin(DatasetsMixin, SavingMixin):
     """The distillation part of a Trainer; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
@@ -68,7 +68,7 @@ class DistillationMixin(SavingMixin):
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        prepare_datasets(args, student, others, task)
+        self._rows = prepare_datasets(args, student, others, task)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)

@@ -59,6 +59,13 @@ def test_raw_rows_train(
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_held_loss"] > 0
     assert first["eval_held_loss"] == second["eval_held_loss"]  # the same masks
+    later = trainer.evaluate({"held": rows})  # type: ignore[arg-type]
+    assert later["eval_held_loss"] == first["eval_held_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == first["eval_held_loss"]
+    predicted = trainer.predict(rows)  # type: ignore[arg-type]
+    assert predicted.metrics
+    assert predicted.metrics["test_loss"] == first["eval_held_loss"]
+    assert "test_dataset: 6 rows tokenized" in capsys.readouterr().out
 
 
 def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from task_models import collate, make_model, make_rows
+from task_text import RAW
 from trainer_setup import arguments
+from writing_setup import tokenizer, writer
 
 from hf_distill import (
     DistillationTrainer,
@@ -49,6 +51,24 @@ def test_the_loss_is_the_objective_while_tokens_are_written(name: str, tmp_path:
         written = torch.tensor(written)
         assert written[: len(alone)].tolist() == alone.tolist()
         assert set(written[len(alone) :].tolist()) <= {1, -100}
+
+
+def test_raw_rows_in_evaluate_and_predict(tmp_path: Path) -> None:
+    options: Any = {"predict_with_generate": True, "generation_max_length": 8, "alpha": 0.0}
+    trainer = Seq2SeqDistillationTrainer(
+        writer("t5", 0),
+        None,
+        arguments(tmp_path, Seq2SeqDistillationArguments, **options),
+        train_dataset=RAW[TASK],  # type: ignore[arg-type]
+        processing_class=tokenizer(),
+    )
+    metrics = trainer.evaluate(RAW[TASK])  # type: ignore[arg-type]
+    predicted = trainer.predict(RAW[TASK])  # type: ignore[arg-type]
+    assert predicted.metrics
+    assert predicted.metrics["test_loss"] == metrics["eval_loss"] > 0
+    assert len(predicted.predictions) == 6
+    without_targets = [{"input_ids": [5, 6]}]
+    assert trainer.predict(without_targets).predictions.shape[0] == 1  # type: ignore[arg-type]
 
 
 def test_arguments_of_the_other_trainer(tmp_path: Path) -> None:
