@@ -29,7 +29,7 @@ from hf_distill.models.generation import Generator
 from hf_distill.models.heads import which_files
 from hf_distill.models.loading import load_model, load_tokenizer, local_tokenizer
 from hf_distill.recordings.annotation_writer import AnnotationWriter
-from hf_distill.recordings.filling import Bar, fill, in_cache, on_main_first
+from hf_distill.recordings.filling import Bar, fill, in_cache, names_of, on_main_first
 from hf_distill.recordings.shards import (
     arrow_table,
     claim,
@@ -105,7 +105,7 @@ def annotate(
     """
     with one_accelerator(accelerator) as accelerator:
         model, tokenizer = _teacher(teacher, tokenizer, accelerator, teacher_model_kwargs)
-        names = _names(dataset)
+        names = names_of(dataset)
         reads = find_columns(names, columns)
         generator = Generator(
             model,
@@ -182,12 +182,6 @@ def _teacher(
         raise InputError("the teacher's tokenizer is not known: give tokenizer")
     accelerator.print(f"teacher: {place(model, 'replicated', accelerator)}")
     return model.eval(), tokenizer
-
-
-def _names(dataset: Any) -> list[str]:
-    if getattr(dataset, "column_names", None) is not None:
-        return list(dataset.column_names)
-    return list(next(iter(dataset), {}))
 
 
 def _forced(

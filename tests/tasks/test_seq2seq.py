@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from task_models import collate, make_model, make_rows
-from task_text import RAW
+from task_text import RAW, word_pieces
 from trainer_setup import arguments
 from writing_setup import tokenizer, writer
 
@@ -19,6 +19,7 @@ from hf_distill import (
     Seq2SeqDistillationTrainer,
     record,
 )
+from hf_distill.data.task_tokens import masking_collator
 from hf_distill.errors import InputError
 
 TASK = "seq2seq-lm"
@@ -132,6 +133,37 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
     rows = Dataset.from_list(make_rows(task))
     with pytest.raises(InputError, match="its outcomes are the positions of a row"):
         record(rows, make_model("Bert", task), tmp_path / "r", data_collator=collate)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("sequence-classification", "columns text, label and no input_ids: .*tokenize_labelled"),
+        ("token-classification", "tokenize_tagged"),
+        ("masked-lm", "tokenize_texts, then mask_rows"),
+    ],
+)
+def test_raw_rows_are_not_recorded(task: str, message: str, tmp_path: Path) -> None:
+    for rows in (RAW[task], Dataset.from_list(RAW[task])):
+        with pytest.raises(InputError, match=message):
+            record(rows, make_model("Bert", task), tmp_path / "r", tokenizer=word_pieces())
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("masked-lm", "mask them first with hf_distill.data.mask_rows"),
+     ("sequence-classification", "columns input_ids, but no labels")],
+)  # fmt: skip
+def test_rows_without_labels_are_not_recorded(task: str, message: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [2, 5, 6, 3]}] * 3)
+    model, folder = make_model("Bert", task), tmp_path / "r"
+    with pytest.raises(InputError, match=message):
+        record(rows, model, folder, tokenizer=word_pieces())
+    if task == "masked-lm":
+        with pytest.raises(InputError, match=message):
+            record(rows, model, folder, data_collator=masking_collator(word_pieces()))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "masked-lm"])
