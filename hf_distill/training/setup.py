@@ -70,7 +70,19 @@ def make_student(
         model = get_peft_model(model, peft_config)
     if model is not None:
         check_student(model, task)
+        _warn_of_base(model)
     return model
+
+
+def _warn_of_base(model: Any) -> None:
+    """Warn of an adapter on a base that is nowhere on disk, so that nothing saved would hold it."""
+    configs = getattr(model, "peft_config", {}).values()
+    if any(config.base_model_name_or_path in (None, "") for config in configs):
+        warn_once(
+            "The base of the student's adapter was made in memory, but only the adapter is saved: "
+            "save the base first (base.save_pretrained(FOLDER)) and load it from there, or save "
+            "the merged model (trainer.model.merge_and_unload().save_pretrained(FOLDER))."
+        )
 
 
 def check_student(model: Any, task: str | None) -> None:

@@ -103,7 +103,7 @@ def test_weights_of_raw_rows(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_peft_config(tmp_path: Path, tokenizer: Any) -> None:
+def test_peft_config(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     trainer = make(tmp_path, [FORMS["text"]] * 8, tokenizer, peft_config=config)
     assert isinstance(trainer.model, PeftModel)
@@ -111,6 +111,14 @@ def test_peft_config(tmp_path: Path, tokenizer: Any) -> None:
     assert trained
     assert all("lora" in name for name in trained)
     trainer.train()
+    warning = "The base of the student's adapter was made in memory"
+    assert caplog.text.count(warning) == 1
+    caplog.clear()
+    base = small_model(0, vocab_size=300, n_positions=64)
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    make(tmp_path, [FORMS["text"]] * 8, tokenizer, model=loaded, peft_config=config)
+    assert warning not in caplog.text
     with pytest.raises(InputError, match="the student has an adapter already"):
         make(tmp_path, [FORMS["text"]], tokenizer, model=trainer.model, peft_config=config)
 
