@@ -41,6 +41,16 @@ from hf_distill.recordings.shards import (
 from hf_distill.teachers.placement import place
 
 MANIFEST = "annotation.json"
+# Settings of `generate` that change what is sampled, with the values that change nothing.
+NEUTRAL = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 # Columns whose target may be missing, with the name that it gets.
 DOCUMENTS = {
     "document": "summary",
@@ -81,8 +91,9 @@ def annotate(
     tokenizer: the teacher's; by default the one in the teacher's folder or repository
     generation: settings of `generate`, such as {"num_beams": 4, "max_new_tokens": 64} or
         {"do_sample": True, "temperature": 0.7}, which override the teacher's generation config; at
-        most 256 tokens if neither sets a length. Texts are sampled from the whole vocabulary unless
-        top_k, top_p or min_p restrict it
+        most 256 tokens if neither sets a length. Texts are sampled from the teacher's whole
+        distribution at temperature 1, unless one of the two sets top_k, top_p, temperature, ...;
+        what the teacher's generation config sets is printed
     n: texts for each row: the best beams, or samples
     keep_targets: keep the original targets and put the texts into the column "teacher_text";
         otherwise they replace the targets
@@ -114,6 +125,11 @@ def annotate(
             n=n,
             autocast=accelerator.autocast,
         )
+        if generator.draws and (own := _own_settings(generator.config, generation or {})):
+            accelerator.print(
+                f"sampling: the teacher's generation config sets {own}; generation={{...}} "
+                "overrides it"
+            )
         prompts = _prompts(
             model, tokenizer, generator, prefix, separator, source_lang, max_source_length
         )
@@ -182,6 +198,19 @@ def _teacher(
         raise InputError("the teacher's tokenizer is not known: give tokenizer")
     accelerator.print(f"teacher: {place(model, 'replicated', accelerator)}")
     return model.eval(), tokenizer
+
+
+def _own_settings(config: GenerationConfig, given: Mapping[str, Any]) -> str:
+    """The settings by which a teacher's own generation config changes what is sampled.
+
+    given: the user's settings, which are left out
+    """
+    changed = {
+        name: value
+        for name, plain in NEUTRAL.items()
+        if (value := getattr(config, name)) not in (None, plain) and name not in given
+    }
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def _forced(

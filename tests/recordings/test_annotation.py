@@ -118,6 +118,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_the_teachers_own_settings_of_sampling_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = writer("t5")
+    config: Any = teacher.generation_config
+    config.update(do_sample=True, top_k=50, temperature=1.0, top_p=0.9)
+    for settings, expected in (
+        ({}, "sets do_sample=True, top_k=50, top_p=0.9; generation={...} overrides it"),
+        ({"do_sample": True, "top_k": 0}, "sets top_p=0.9; gen"),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0}, None),
+        ({"do_sample": False}, None),
+    ):
+        folder = tmp_path / str(len(settings)) / str(expected)[:4]
+        made("t5", folder, teacher=teacher, generation={"max_new_tokens": 2, **settings})
+        told = capsys.readouterr().out
+        assert (expected in told) if expected else ("sampling:" not in told)
+
+
 @pytest.mark.parametrize("generation", [{"max_new_tokens": 4}, DRAWN])
 def test_resumed_after_a_kill_at_any_instant(
     generation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

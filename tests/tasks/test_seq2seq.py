@@ -55,19 +55,22 @@ def test_the_loss_is_the_objective_while_tokens_are_written(name: str, tmp_path:
 
 
 def test_raw_rows_in_evaluate_and_predict(tmp_path: Path) -> None:
+    student = writer("t5", 0)
     options: Any = {"predict_with_generate": True, "generation_max_length": 8, "alpha": 0.0}
     trainer = Seq2SeqDistillationTrainer(
-        writer("t5", 0),
+        student,
         None,
         arguments(tmp_path, Seq2SeqDistillationArguments, **options),
         train_dataset=RAW[TASK],  # type: ignore[arg-type]
         processing_class=tokenizer(),
     )
+    before = student.generation_config.to_dict()
     metrics = trainer.evaluate(RAW[TASK])  # type: ignore[arg-type]
     predicted = trainer.predict(RAW[TASK])  # type: ignore[arg-type]
     assert predicted.metrics
     assert predicted.metrics["test_loss"] == metrics["eval_loss"] > 0
     assert len(predicted.predictions) == 6
+    assert student.generation_config.to_dict() == before  # transformers would fill it
     without_targets = [{"input_ids": [5, 6]}]
     assert trainer.predict(without_targets).predictions.shape[0] == 1  # type: ignore[arg-type]
 
