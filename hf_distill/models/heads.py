@@ -83,12 +83,18 @@ def loader(name: str, task: str | None, **kwargs: Any) -> Any:
 
 
 def auto_class(config: Any, task: str | None) -> Any:
-    """The auto class for a config."""
-    if task is not None:
-        return HEADS[task][0]
+    """The auto class for a config; without a task that of its class, or of a language model."""
+    task = task or saved_task(config)
+    if task is None:
+        writes = getattr(config, "is_encoder_decoder", False)
+        task = "seq2seq-lm" if writes else "causal-lm"
+    return HEADS[task][0]
+
+
+def saved_task(config: Any) -> str | None:
+    """The key of the task whose head a checkpoint was saved with; None if it had none."""
     saved = (getattr(config, "architectures", None) or [""])[0]
-    found = [auto_class for auto_class, names in HEADS.values() if saved in names]
-    writes = not found or AutoModelForSeq2SeqLM in found
-    if getattr(config, "is_encoder_decoder", False) and writes:
-        return AutoModelForSeq2SeqLM
-    return found[0] if found else AutoModelForCausalLM
+    found = [key for key, (_, names) in HEADS.items() if saved in names]
+    if getattr(config, "is_encoder_decoder", False) and "seq2seq-lm" in found:
+        return "seq2seq-lm"
+    return found[0] if found else None

@@ -17,7 +17,6 @@ from hf_distill.losses.objective import Objective
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
-from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
 from hf_distill.models.vocabulary import compare_tokens, shared_vocabulary, suppress_unused_ids
@@ -28,6 +27,7 @@ from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.features import make_features
 from hf_distill.training.loss import DistillationLoss
+from hf_distill.training.student import load_student
 from hf_distill.training.target_index import StepTargets
 
 
@@ -50,15 +50,19 @@ def check_arguments(
 
 
 def make_student(
-    model: Any, args: DistillationArguments, peft_config: PeftConfig | None, task: str | None
+    model: Any,
+    teacher: Any,
+    args: DistillationArguments,
+    peft_config: PeftConfig | None,
+    task: str | None,
 ) -> Any:
     """The student to train: loaded, with its adapter, checked.
 
-    task: its key, None for that of the model's class
+    task: its key, None for that of the model's class; see also `load_student`
     raises: InputError for a model that cannot be a student
     """
     if isinstance(model, str | Path):
-        model = load_model(model, "student", task, **args.model_kwargs("student"))
+        model = load_student(model, teacher, task, args)
     if peft_config is not None:
         if model is None:
             raise InputError("peft_config needs a model: with model_init, add the adapter there")

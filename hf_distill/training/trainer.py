@@ -64,7 +64,7 @@ class DistillationMixin(DatasetsMixin, SavingMixin):
         **others: Any,
     ) -> None:
         args, self._task = setup.check_arguments(args, others, self.arguments), task
-        student: Any = setup.make_student(model, args, peft_config, task)
+        student: Any = setup.make_student(model, teacher, args, peft_config, task)
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
@@ -262,7 +262,8 @@ class DistillationTrainer(DistillationMixin):
     divergence: your own function in place of the one that the arguments name
     peft_config: makes an adapter for the student, as `peft.get_peft_model` does
     task: "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification",
-        "token-classification" or "question-answering"; by default that of the student's class
+        "token-classification" or "question-answering"; by default that of the student's class,
+        or the teacher's if the student is a path to a checkpoint without a head
     train_dataset, eval_dataset: rows with `input_ids`, and perhaps `labels` (by default the ids),
         `ce_weight` and `divergence_weight` (a number a row); or raw rows, which are tokenized with
         `processing_class`: `text`, `prompt` and `completion`, `messages`, or those of the task

@@ -82,6 +82,30 @@ def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> Non
     assert next(iter(trainer.get_train_dataloader()))["labels"].dim() == 1
 
 
+def test_a_student_from_a_checkpoint_without_its_head(tmp_path: Path) -> None:
+    """It gets the teacher's task and classes, and not those of a language model."""
+    language_model, teacher = model("masked-lm"), model(CLASSIFY, 1)
+    language_model.base_model.save_pretrained(tmp_path / "headless")
+    language_model.save_pretrained(tmp_path / "masked")
+    teacher.save_pretrained(tmp_path / "teacher")
+
+    def student(name: str, teacher: Any, **options: Any) -> Any:
+        return DistillationTrainer(
+            str(tmp_path / name), teacher, arguments(tmp_path, alpha=0.5 if teacher else 0.0),
+            train_dataset=RAW[CLASSIFY], processing_class=word_pieces(), **options,
+        ).model  # fmt: skip
+
+    for found in (
+        student("headless", teacher),
+        student("headless", str(tmp_path / "teacher")),
+        student("masked", teacher, task=CLASSIFY),
+    ):
+        assert type(found).__name__ == "BertForSequenceClassification"
+        assert found.config.id2label == dict(enumerate(CLASSES))
+    with pytest.raises(InputError, match="without the head of a task, and no teacher .* task="):
+        student("headless", None)
+
+
 def test_windows_keep_their_answer_masks(tmp_path: Path) -> None:
     task = "question-answering"
     trainer = make(tmp_path, task, Dataset.from_list(RAW[task]), max_length=24, doc_stride=6)
