@@ -61,6 +61,12 @@ def model_types(task: str) -> set[str]:
     return {kind for kind in _LOADERS[task][1] if kind in CONFIG_MAPPING}
 
 
+def class_name(model_type: str, task: str) -> str:
+    """The name of the model class that a task has for a model type."""
+    names = _LOADERS[task][1][model_type]
+    return names if isinstance(names, str) else names[0]
+
+
 def which_files(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those keywords of `from_pretrained` that decide which files are read.
 
