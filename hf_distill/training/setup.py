@@ -19,7 +19,12 @@ from hf_distill.models.base import base_model
 from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
-from hf_distill.models.vocabulary import compare_tokens, shared_vocabulary, suppress_unused_ids
+from hf_distill.models.vocabulary import (
+    compare_tokens,
+    same_embeddings,
+    shared_vocabulary,
+    suppress_unused_ids,
+)
 from hf_distill.recordings.reader import check_recording
 from hf_distill.recordings.row_format import COLUMN, Header
 from hf_distill.tasks import Task, find_task
@@ -200,10 +205,13 @@ def shared_outcomes(
     if teacher is None:
         return ours if recorded is None else recorded.vocabulary
     known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    theirs = teacher.tokenizer
+    if theirs is None and same_embeddings(loss.student.model, getattr(teacher, "model", None)):
+        theirs = known  # the teacher's own vocabulary
     if loss.task.fused:
-        shared = shared_vocabulary(ours, teacher.rows, known, teacher.tokenizer)
+        shared = shared_vocabulary(ours, teacher.rows, known, theirs)
     else:
-        compare_tokens(known, teacher.tokenizer)
+        compare_tokens(known, theirs)
         shared = ours
         if teacher.rows != ours:
             raise InputError(

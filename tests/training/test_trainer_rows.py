@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel
 from trainer_setup import arguments, make_rows, small_model
 
-from hf_distill import DistillationTrainer, InputError
+from hf_distill import DistillationTrainer, InputError, student_from_teacher
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
@@ -100,6 +100,16 @@ def test_weights_of_raw_rows(tmp_path: Path, tokenizer: Any) -> None:
     trainer = make(tmp_path, rows, tokenizer)
     assert trainer.train_dataset["ce_weight"][:2] == [0.0, 1.0]
     trainer.train()
+
+
+def test_a_student_of_the_teachers_layers_has_its_tokens(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = small_model(1, vocab_size=300, n_positions=64)  # the one of `make`
+    for student, warns in ((student_from_teacher(teacher, [0]), False), (None, True)):
+        caplog.clear()
+        make(tmp_path, [FORMS["text"]], tokenizer, model=student)
+        assert ("tokens of student and teacher were not compared" in caplog.text) == warns
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
