@@ -52,7 +52,9 @@ NEUTRAL = {
     "no_repeat_ngram_size": 0,
 }
 # Columns whose target may be missing, with the name that it gets.
-DOCUMENTS = {
+ALONE = {
+    "prompt": "completion",
+    "text": "completion",
     "document": "summary",
     "article": "highlights",
     "dialogue": "summary",
@@ -100,7 +102,8 @@ def annotate(
     columns: {"source": ..., "target": ...}, where "translation.en" is a field of a column. By
         default `messages` (the last answer of the assistant is replaced), a pair of
         `data.source_target.PAIRS`, or a source without its target: `prompt` and `text` (into
-        `completion`), `document`, `article`, `dialogue`, `source`
+        `completion`), `document`, `article`, `dialogue`, `source`. If only "source" is named, the
+        target has the usual name for that source, else "target"
     prefix, separator: put before and after each source, the second for causal models only
     source_lang, target_lang: codes of models with languages (mBART, M2M100, NLLB)
     max_source_length: in tokens; by default the teacher's limit. A longer source is cut at the end
@@ -156,12 +159,14 @@ def annotate(
 
 def find_columns(names: list[str], columns: Mapping[str, str] | None) -> SourceTarget:
     """The columns that the teacher reads and writes; see `annotate`."""
+    if columns is not None and set(columns) == {"source"}:
+        source = columns["source"]
+        return SourceTarget(source, {"messages": "messages", **ALONE}.get(source, "target"))
     if columns is None:
         if "messages" in names:
             return SourceTarget("messages", "messages")
         if not any({source, target} <= set(names) for source, target in PAIRS):
-            alone = {"prompt": "completion", "text": "completion", **DOCUMENTS}
-            for source, target in alone.items():
+            for source, target in ALONE.items():
                 if source in names:
                     return SourceTarget(source, target)
     return find_source_target(names, columns)

@@ -202,7 +202,11 @@ def test_the_original_targets_may_stay(tmp_path: Path) -> None:
 def test_targets_may_be_missing(tmp_path: Path) -> None:
     """A column of nulls, as rows without labels have it."""
     rows = DOCUMENTS.remove_columns("summary").add_column("summary", [None] * 10)
-    assert made("t5", tmp_path / "a", rows)["summary"] == made("t5", tmp_path / "b")["summary"]
+    wanted = made("t5", tmp_path / "b")["summary"]
+    assert made("t5", tmp_path / "a", rows)["summary"] == wanted
+    rows = Dataset.from_dict({"body": DOCUMENTS["document"]})
+    found = made("t5", tmp_path / "c", rows, columns={"source": "body"})
+    assert found["target"] == wanted
 
 
 def test_translations_and_columns_that_are_told(tmp_path: Path) -> None:
@@ -297,7 +301,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"rows": DOCUMENTS.select([])}, "no rows to annotate"),
     ("t5", {"rows": DOCUMENTS.rename_column("document", "body")}, "no known source and target"),
     ("t5", {"columns": {"source": "body", "target": "summary"}}, "row 0: there is no 'body'"),
-    ("t5", {"columns": {"source": "document"}}, "needs 'source' and 'target'"),
+    ("t5", {"columns": {"target": "document"}}, "needs 'source' and 'target'"),
     ("t5", {"rows": DOCUMENTS.add_column("teacher_finished", [True] * 10)},
      "a column 'teacher_finished' already"),
     ("t5", {"max_source_length": 5, "too_long": "refuse"}, r"row \d+: 'document' has \d+ tokens"),
