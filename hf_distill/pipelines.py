@@ -172,7 +172,7 @@ class WritingPipeline(Pipeline):
             written = written[:, ids.shape[1] :]
         return {"written": written.reshape(len(ids), -1, written.shape[1])}
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self, model_outputs: Any, return_tensors: bool = False, **decoding: Any
     ) -> list[dict[str, Any]]:
         """The texts that were written for one source, or their token ids."""

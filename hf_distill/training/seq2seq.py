@@ -61,7 +61,10 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
         `Seq2SeqTrainer.prediction_step` writes the defaults of `generate` into it (top_k 50,
         max_length 20, ...; transformers 5.23), which would then be saved with the student.
         """
-        settings: Any = vars(self.model.generation_config)
+        config: Any = getattr(self.model, "generation_config", None)
+        if config is None:
+            return super().evaluation_loop(*args, **kwargs)
+        settings = vars(config)
         before = copy.deepcopy(settings)
         try:
             return super().evaluation_loop(*args, **kwargs)
