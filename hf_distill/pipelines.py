@@ -27,12 +27,14 @@ from transformers.pipelines import PIPELINE_REGISTRY, REMOVED_TASKS
 from hf_distill.data.prompts import Prompts, for_languages, has_languages, source_limit
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import max_positions
+from hf_distill.models.heads import auto_class
 from hf_distill.models.positions import position_limit
 
 __all__ = ["SummarizationPipeline", "TranslationPipeline"]
 
 _PARAMETRIZED = re.compile(r"translation_(\w+)_to_(\w+)")
 _OF_PROMPTS = ("prefix", "separator", "src_lang", "tgt_lang")
+_OF_TEXTS = ("clean_up_tokenization_spaces",)
 
 
 class WritingPipeline(Pipeline):
@@ -44,6 +46,8 @@ class WritingPipeline(Pipeline):
     separator: put after each source of a causal model, "\\n" by default, as in recipes
     src_lang, tgt_lang: codes, for models with language codes (mBART, M2M100, NLLB)
     truncation: False makes a source that is too long an error; otherwise its end is cut
+    return_tensors: True gives token ids ("summary_token_ids") in place of texts
+    clean_up_tokenization_spaces: for the tokenizer's `decode`
     batch_size, num_workers, and all keywords of `generate`
 
     At most 256 tokens are generated, unless the call, `config.task_specific_params` or the model's
@@ -72,6 +76,12 @@ class WritingPipeline(Pipeline):
                 "encoder-decoder or a causal language model, with its tokenizer"
             )
         config = self.model.config
+        if auto_class(config, None) not in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+            raise InputError(
+                f"the model was saved as {config.architectures[0]}, which cannot write text for "
+                f"{self.task!r}, so that its language-model head would be random: give an "
+                "encoder-decoder or a causal language model"
+            )
         self._encoder_decoder = bool(config.is_encoder_decoder)
         if not self._encoder_decoder:
             self.tokenizer.padding_side = "left"
@@ -89,14 +99,26 @@ class WritingPipeline(Pipeline):
         self._prompts: dict[Any, tuple[Prompts, dict[str, int]]] = {}
 
     def _sanitize_parameters(
-        self, truncation: bool = True, **kwargs: Any
+        self,
+        truncation: bool = True,
+        return_tensors: bool = False,
+        return_text: bool = True,
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         read = {name: kwargs.pop(name) for name in _OF_PROMPTS if name in kwargs}
+        gives = {name: kwargs.pop(name) for name in _OF_TEXTS if name in kwargs}
         languages = {k: v for k, v in read.items() if k.endswith("_lang")}
         reads: dict[str, Any] = {**read, **kwargs}
         if not truncation:
             reads["truncation"] = False
-        return reads, {**languages, **kwargs}, {}
+        if not (return_text or return_tensors):
+            raise InputError(
+                "return_text is False, which leaves nothing to return: with return_tensors=True "
+                "the result holds token ids"
+            )
+        if return_tensors:
+            gives["return_tensors"] = True
+        return reads, {**languages, **kwargs}, gives
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Write a text for each source; see the class."""
@@ -150,11 +172,17 @@ class WritingPipeline(Pipeline):
             written = written[:, ids.shape[1] :]
         return {"written": written.reshape(len(ids), -1, written.shape[1])}
 
-    def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, str]]:
-        """The texts that were written for one source."""
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: Any, return_tensors: bool = False, **decoding: Any
+    ) -> list[dict[str, Any]]:
+        """The texts that were written for one source, or their token ids."""
+        written = model_outputs["written"][0]
+        if return_tensors:
+            return [{f"{self.result}_token_ids": ids} for ids in written]
+        decode = self.tokenizer.decode
         return [
-            {self.result: self.tokenizer.decode(ids, skip_special_tokens=True)}
-            for ids in model_outputs["written"][0]
+            {f"{self.result}_text": decode(ids, skip_special_tokens=True, **decoding)}
+            for ids in written
         ]
 
     def _prepare_generate_kwargs(
@@ -203,7 +231,7 @@ class WritingPipeline(Pipeline):
 class SummarizationPipeline(WritingPipeline):
     """Writes summaries: `[{"summary_text": ...}]`. See `WritingPipeline`."""
 
-    result = "summary_text"
+    result = "summary"
 
 
 class TranslationPipeline(WritingPipeline):
@@ -213,13 +241,24 @@ class TranslationPipeline(WritingPipeline):
     the entry of `config.task_specific_params`.
     """
 
-    result = "translation_text"
+    result = "translation"
 
     def _languages(self, source: str | None, target: str | None) -> tuple[Any, dict[str, int]]:
         named = _PARAMETRIZED.fullmatch(self.task or "")
         if named and has_languages(self.tokenizer):
             source, target = source or named[1], target or named[2]
         return super()._languages(source, target)
+
+
+class _WithoutDefault(dict[str, Any]):
+    """The registry's entry of a task that has no default model."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "default":  # `pipeline()` asks for it where no model is given
+            raise InputError(
+                "there is no default model for this task: give model=, an id or a folder"
+            )
+        raise KeyError(key)
 
 
 def _register() -> None:
@@ -233,6 +272,9 @@ def _register() -> None:
         # `pipeline()` refuses these before it looks into the registry.
         REMOVED_TASKS.pop(task, None)
         PIPELINE_REGISTRY.register_pipeline(task, pipeline, pt_model=models)
+        PIPELINE_REGISTRY.supported_tasks[task] = _WithoutDefault(
+            PIPELINE_REGISTRY.supported_tasks[task]
+        )
         # With it, `save_pretrained` would copy this file beside the model as remote code.
         del pipeline._registered_impl
     check_task = PIPELINE_REGISTRY.check_task

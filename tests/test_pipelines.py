@@ -14,6 +14,8 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     MBart50Tokenizer,
     pipeline,
 )
@@ -126,6 +128,28 @@ def test_bad_input_is_one_clear_line(source: Any, options: Any, message: str) ->
     with pytest.raises(InputError, match=message) as caught:
         pipe("gpt2")(source, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_keywords_of_transformers_4() -> None:
+    pipes = pipe("t5", max_new_tokens=5)
+    wanted = pipes("the dog")
+    assert pipes("the dog", clean_up_tokenization_spaces=True, return_text=True) == wanted
+    (found,) = pipes("the dog", return_tensors=True, return_text=False)
+    text = tokenizer().decode(found["summary_token_ids"], skip_special_tokens=True)
+    assert [{"summary_text": text}] == wanted
+    with pytest.raises(InputError, match="return_text is False, which leaves nothing"):
+        pipes("the dog", return_text=False)
+
+
+def test_models_that_cannot_write(tmp_path: Path) -> None:
+    for task in ("summarization", "translation_en_to_es"):
+        with pytest.raises(InputError, match="no default model for this task: give model="):
+            pipeline(task)
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="saved as GPT2ForSequenceClassification, which cannot"):
+        pipeline("summarization", model=str(tmp_path), device="cpu")
 
 
 def test_language_codes() -> None:

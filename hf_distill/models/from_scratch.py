@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_distill.errors import InputError
-from hf_distill.models.heads import HEADS, model_types
+from hf_distill.models.heads import HEADS, class_name, model_types
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -112,7 +112,8 @@ def model_from_config(
         The vocabulary's size and the ids of special tokens come from the tokenizer
     seed: the same seed gives the same weights; the global random state does not change
     max_length: the longest row that the model must take, in positions
-    task: its key
+    task: its key; "seq2seq-lm" for an encoder-decoder. BART and its relatives also have a class
+        for "causal-lm", which is their decoder alone
     raises: InputError for an unknown model type or setting (naming the nearest), for a value that
         the model refuses, and for fewer positions than ``max_length``
     """
@@ -136,7 +137,7 @@ def model_from_config(
             if not is_deepspeed_zero3_enabled():  # the weights are partitioned by now
                 _predict_something(model)
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-            raise InputError(_refused(model_type, error)) from error
+            raise InputError(_refused(model_type, task, error)) from error
     return model
 
 
@@ -195,7 +196,7 @@ def _checked_config(
     try:
         config = config_class(**(settings | decided))
     except Exception as error:  # configs validate themselves, each with its own kind of error
-        raise InputError(_refused(model_type, error)) from error
+        raise InputError(_refused(model_type, task, error)) from error
     known = {field.name for field in dataclasses.fields(config_class)} | set(config.attribute_map)
     for name in settings:
         if name not in known and _is_unread(name, config):
@@ -222,6 +223,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
 
 
-def _refused(model_type: str, error: Exception) -> str:
+def _refused(model_type: str, task: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return f"{model_type} refuses its config ({reason.rstrip('.')}): correct the value"
+    writes = task == "causal-lm" and model_type in model_types("seq2seq-lm")
+    advice = ", or pass task='seq2seq-lm' for an encoder-decoder" if writes else ""
+    return (
+        f"{model_type} refuses its config as a {class_name(model_type, task)}, the class for "
+        f"task={task!r} ({reason.rstrip('.')}): correct the value{advice}"
+    )

@@ -61,6 +61,12 @@ def model_types(task: str) -> set[str]:
     return {kind for kind in _LOADERS[task][1] if kind in CONFIG_MAPPING}
 
 
+def class_name(model_type: str, task: str) -> str:
+    """The name of the model class that a task has for a model type."""
+    names = _LOADERS[task][1][model_type]
+    return names if isinstance(names, str) else names[0]
+
+
 def which_files(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those keywords of `from_pretrained` that decide which files are read.
 
@@ -83,12 +89,18 @@ def loader(name: str, task: str | None, **kwargs: Any) -> Any:
 
 
 def auto_class(config: Any, task: str | None) -> Any:
-    """The auto class for a config."""
-    if task is not None:
-        return HEADS[task][0]
+    """The auto class for a config; without a task that of its class, or of a language model."""
+    task = task or saved_task(config)
+    if task is None:
+        writes = getattr(config, "is_encoder_decoder", False)
+        task = "seq2seq-lm" if writes else "causal-lm"
+    return HEADS[task][0]
+
+
+def saved_task(config: Any) -> str | None:
+    """The key of the task whose head a checkpoint was saved with; None if it had none."""
     saved = (getattr(config, "architectures", None) or [""])[0]
-    found = [auto_class for auto_class, names in HEADS.values() if saved in names]
-    writes = not found or AutoModelForSeq2SeqLM in found
-    if getattr(config, "is_encoder_decoder", False) and writes:
-        return AutoModelForSeq2SeqLM
-    return found[0] if found else AutoModelForCausalLM
+    found = [key for key, (_, names) in HEADS.items() if saved in names]
+    if getattr(config, "is_encoder_decoder", False) and "seq2seq-lm" in found:
+        return "seq2seq-lm"
+    return found[0] if found else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError, warn_once
+from hf_distill.models.base import base_model
 
 
 def head_rows(model: PreTrainedModel) -> int:
@@ -81,6 +84,24 @@ def shared_vocabulary(
     known = [t for t in (student_tokenizer, teacher_tokenizer) if t is not None]
     compare_tokens(student_tokenizer, teacher_tokenizer)
     return min([student_rows, teacher_rows, *map(len, known)])
+
+
+def same_embeddings(student: Any, teacher: Any) -> bool:
+    """Whether both read tokens by the same weights, as after `student_from_teacher`.
+
+    Then the same id is the same token in both, whatever their tokenizers. False for weights that
+    cannot be compared here (partitioned, sharded, quantised).
+    """
+    weights = []
+    for model in map(base_model, (student, teacher)):
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        if not isinstance(embedding, nn.Embedding) or isinstance(embedding.weight, DTensor):
+            return False
+        weights.append(embedding.weight.detach())
+    ours, theirs = weights
+    if ours.is_meta or theirs.is_meta or not ours.numel() or ours.shape != theirs.shape:
+        return False
+    return torch.equal(ours.to(theirs.device, theirs.dtype), theirs)
 
 
 def compare_tokens(

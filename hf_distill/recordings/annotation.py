@@ -29,7 +29,7 @@ from hf_distill.models.generation import Generator
 from hf_distill.models.heads import which_files
 from hf_distill.models.loading import load_model, load_tokenizer, local_tokenizer
 from hf_distill.recordings.annotation_writer import AnnotationWriter
-from hf_distill.recordings.filling import Bar, fill, in_cache, on_main_first
+from hf_distill.recordings.filling import Bar, fill, in_cache, names_of, on_main_first
 from hf_distill.recordings.shards import (
     arrow_table,
     claim,
@@ -41,8 +41,20 @@ from hf_distill.recordings.shards import (
 from hf_distill.teachers.placement import place
 
 MANIFEST = "annotation.json"
+# Settings of `generate` that change what is sampled, with the values that change nothing.
+NEUTRAL = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 # Columns whose target may be missing, with the name that it gets.
-DOCUMENTS = {
+ALONE = {
+    "prompt": "completion",
+    "text": "completion",
     "document": "summary",
     "article": "highlights",
     "dialogue": "summary",
@@ -81,15 +93,17 @@ def annotate(
     tokenizer: the teacher's; by default the one in the teacher's folder or repository
     generation: settings of `generate`, such as {"num_beams": 4, "max_new_tokens": 64} or
         {"do_sample": True, "temperature": 0.7}, which override the teacher's generation config; at
-        most 256 tokens if neither sets a length. Texts are sampled from the whole vocabulary unless
-        top_k, top_p or min_p restrict it
+        most 256 tokens if neither sets a length. Texts are sampled from the teacher's whole
+        distribution at temperature 1, unless one of the two sets top_k, top_p, temperature, ...;
+        what the teacher's generation config sets is printed
     n: texts for each row: the best beams, or samples
     keep_targets: keep the original targets and put the texts into the column "teacher_text";
         otherwise they replace the targets
     columns: {"source": ..., "target": ...}, where "translation.en" is a field of a column. By
         default `messages` (the last answer of the assistant is replaced), a pair of
         `data.source_target.PAIRS`, or a source without its target: `prompt` and `text` (into
-        `completion`), `document`, `article`, `dialogue`, `source`
+        `completion`), `document`, `article`, `dialogue`, `source`. If only "source" is named, the
+        target has the usual name for that source, else "target"
     prefix, separator: put before and after each source, the second for causal models only
     source_lang, target_lang: codes of models with languages (mBART, M2M100, NLLB)
     max_source_length: in tokens; by default the teacher's limit. A longer source is cut at the end
@@ -105,7 +119,7 @@ def annotate(
     """
     with one_accelerator(accelerator) as accelerator:
         model, tokenizer = _teacher(teacher, tokenizer, accelerator, teacher_model_kwargs)
-        names = _names(dataset)
+        names = names_of(dataset)
         reads = find_columns(names, columns)
         generator = Generator(
             model,
@@ -114,6 +128,11 @@ def annotate(
             n=n,
             autocast=accelerator.autocast,
         )
+        if generator.draws and (own := _own_settings(generator.config, generation or {})):
+            accelerator.print(
+                f"sampling: the teacher's generation config sets {own}; generation={{...}} "
+                "overrides it"
+            )
         prompts = _prompts(
             model, tokenizer, generator, prefix, separator, source_lang, max_source_length
         )
@@ -140,12 +159,14 @@ def annotate(
 
 def find_columns(names: list[str], columns: Mapping[str, str] | None) -> SourceTarget:
     """The columns that the teacher reads and writes; see `annotate`."""
+    if columns is not None and set(columns) == {"source"}:
+        source = columns["source"]
+        return SourceTarget(source, {"messages": "messages", **ALONE}.get(source, "target"))
     if columns is None:
         if "messages" in names:
             return SourceTarget("messages", "messages")
         if not any({source, target} <= set(names) for source, target in PAIRS):
-            alone = {"prompt": "completion", "text": "completion", **DOCUMENTS}
-            for source, target in alone.items():
+            for source, target in ALONE.items():
                 if source in names:
                     return SourceTarget(source, target)
     return find_source_target(names, columns)
@@ -184,10 +205,17 @@ def _teacher(
     return model.eval(), tokenizer
 
 
-def _names(dataset: Any) -> list[str]:
-    if getattr(dataset, "column_names", None) is not None:
-        return list(dataset.column_names)
-    return list(next(iter(dataset), {}))
+def _own_settings(config: GenerationConfig, given: Mapping[str, Any]) -> str:
+    """The settings by which a teacher's own generation config changes what is sampled.
+
+    given: the user's settings, which are left out
+    """
+    changed = {
+        name: value
+        for name, plain in NEUTRAL.items()
+        if (value := getattr(config, name)) not in (None, plain) and name not in given
+    }
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def _forced(

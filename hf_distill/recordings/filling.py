@@ -75,6 +75,13 @@ def fill(
     return number
 
 
+def names_of(dataset: Any) -> list[str]:
+    """The columns of a data set, a stream or a list of rows; none if there are no rows."""
+    if getattr(dataset, "column_names", None) is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
 def in_cache(dataset: Any, identity: Any, shard_rows: int) -> Path:
     """A folder of the datasets cache, named after all that decides the shards."""
     decided = [identity, shard_rows, getattr(dataset, "_fingerprint", None)]

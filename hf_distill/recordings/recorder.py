@@ -22,7 +22,7 @@ from hf_distill.errors import InputError
 from hf_distill.models.engines import one_accelerator
 from hf_distill.models.loading import not_found
 from hf_distill.recordings.collator import header_of
-from hf_distill.recordings.filling import Bar, fill, in_cache, on_main_first
+from hf_distill.recordings.filling import Bar, fill, in_cache, names_of, on_main_first
 from hf_distill.recordings.row_format import COLUMN
 from hf_distill.recordings.shards import (
     MANIFEST,
@@ -83,6 +83,7 @@ def record(
             teacher_placement,
             teacher_model_kwargs,
         )
+        writer.check_columns(names_of(dataset))
         folder = Path(output_dir) if output_dir else in_cache(dataset, writer.identity, shard_rows)
         identity = writer.identity | {"shard_rows": shard_rows}
         on_main_first(accelerator, lambda: claim(folder, identity))
@@ -185,6 +186,7 @@ def estimate(
         )
         if len(dataset) == 0:
             raise InputError("there are no rows to record: the data set is empty")
+        writer.check_columns(names_of(dataset))
         number = min(sample_rows, len(dataset))
         sample = [dataset[i * len(dataset) // number] for i in range(number)]
         warm_up = sample[:batch_size]

@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from hf_distill.data import Collator, task_collator
+from hf_distill.data import Collator, TaskCollator, task_collator
 from hf_distill.errors import InputError
 from hf_distill.losses.signals import Hidden, Logits, whole
 from hf_distill.models.vocabulary import shared_vocabulary
@@ -24,10 +28,18 @@ from hf_distill.recordings.codec import KINDS, TopK
 from hf_distill.recordings.collator import header_of, starts_of
 from hf_distill.recordings.extract import sampled, top_k_
 from hf_distill.recordings.row_format import Header, model_hash, row_hash, tokenizer_hash, write
-from hf_distill.tasks import CausalLM, Task, find_task
+from hf_distill.tasks import CausalLM, MaskedLM, Task, find_task
 from hf_distill.teachers import Teacher, as_teacher
 
 CHUNK_BYTES = 2**27  # memory for the logits of one chunk of targets
+# What tokenizes the raw rows of each task, in `hf_distill.data`.
+TOKENIZERS = {
+    "causal-lm": "tokenize_raw_rows",
+    "seq2seq-lm": "tokenize_source_target",
+    "masked-lm": "tokenize_texts, then mask_rows",
+    "sequence-classification": "tokenize_labelled",
+    "token-classification": "tokenize_tagged",
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,28 @@ class RecordingWriter:
             name = Path(name).name  # a path of this machine means nothing elsewhere
         identity |= {"codec": codec.VERSION, "teacher_name": name}
         return identity | ({"seed": self.settings.seed} if self.header.kind == "sampled" else {})
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """InputError for the columns of rows that cannot be recorded."""
+        task = self.task
+        if names and "input_ids" not in names:
+            raise InputError(
+                f"record takes tokenized rows, but these have the columns {', '.join(names)} and "
+                f"no input_ids: tokenize them with hf_distill.data.{TOKENIZERS[task.key]}"
+            )
+        makes_no_labels = isinstance(self.collate, TaskCollator | DataCollatorForLanguageModeling)
+        if not names or not makes_no_labels or {"label", *task.label_names} & {*names}:
+            return
+        if task.key == MaskedLM.key:
+            raise InputError(
+                f"the rows for {task.name} have no labels, so that each epoch masks other tokens "
+                "than were recorded: mask them first with hf_distill.data.mask_rows, which gives "
+                "input_ids and labels"
+            )
+        raise InputError(
+            f"the rows for {task.name} have the columns {', '.join(names)}, but no labels: give "
+            f"them as hf_distill.data.{TOKENIZERS[task.key]} does"
+        )
 
     @torch.no_grad()
     def values(

@@ -59,8 +59,8 @@ class Seq2SeqLM(Task):
         return labels if mask is None else labels.masked_fill(mask == 0, IGNORE)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Task.model_inputs`. Without labels a decoder has to be given its own inputs."""
+        """See `Task.model_inputs`. Decoder inputs are made from the labels, if there are any."""
         inputs = super().model_inputs(batch)
-        if inputs.get("decoder_input_ids") is None:
+        if inputs.get("decoder_input_ids") is None and batch.get("labels") is not None:
             inputs["decoder_input_ids"] = self.shifted(batch["labels"])
         return inputs

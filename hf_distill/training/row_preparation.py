@@ -25,6 +25,7 @@ from hf_distill.models.loading import local_tokenizer
 from hf_distill.training.arguments import DistillationArguments
 
 DEFAULT_MAX_LENGTH = 1024  # as in TRL's SFTTrainer
+EVALUATED, PREDICTED = "eval_dataset", "test_dataset"  # the arguments of `evaluate` and `predict`
 
 
 class RowPreparation:
@@ -45,8 +46,10 @@ class RowPreparation:
         *,
         own_collator: bool,
     ) -> None:
-        self.args, self.tokenizer, self._model, self._positions = args, tokenizer, model, positions
+        self.args, self.tokenizer, self._positions = args, tokenizer, positions
         self._own_collator = own_collator
+        # Not the model itself, which `model_init` may have made only for this.
+        self._model_name = getattr(model, "name_or_path", None)
         self.lines: list[str] = []
 
     def __call__(self, dataset: Any, name: str) -> Any:
@@ -112,6 +115,13 @@ class RowPreparation:
             keep=WEIGHTS,
         )
 
+    def report(self) -> None:
+        """Print the lines of the data sets that were tokenized since the last report."""
+        lines, self.lines = self.lines, []
+        if self.args.process_index == 0:
+            for line in lines:
+                print(line)
+
     def tokenized(self, dataset: Any, name: str) -> Any:
         """Rows that are tokenized already, or that this trainer does not look into."""
         return dataset
@@ -140,8 +150,8 @@ class RowPreparation:
         )
 
     def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None and self._model is not None:
-            self.tokenizer = local_tokenizer(getattr(self._model, "name_or_path", None))
+        if self.tokenizer is None:
+            self.tokenizer = local_tokenizer(self._model_name)
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise InputError(
                 f"{name} holds raw rows, but the trainer has no tokenizer for them: "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_distill.recordings.reader import without_recording
 from hf_distill.training.arguments import DistillationArguments
@@ -52,6 +54,23 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
         if labels is not None and labels.shape[-1] < written.shape[-1]:
             labels = self._pad_tensors_to_max_len(labels, written.shape[-1])
         return loss, written, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; the student's generation config stays as it was.
+
+        `Seq2SeqTrainer.prediction_step` writes the defaults of `generate` into it (top_k 50,
+        max_length 20, ...; transformers 5.23), which would then be saved with the student.
+        """
+        config: Any = getattr(self.model, "generation_config", None)
+        if config is None:
+            return super().evaluation_loop(*args, **kwargs)
+        settings = vars(config)
+        before = copy.deepcopy(settings)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            settings.clear()
+            settings.update(before)
 
     def _sources(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `generate`, without labels and decoder inputs made from them."""

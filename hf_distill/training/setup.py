@@ -17,10 +17,14 @@ from hf_distill.losses.objective import Objective
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.engines import compiles_in_one_graph, keep_unpacked
-from hf_distill.models.loading import load_model
 from hf_distill.models.probes import added_loss
 from hf_distill.models.runner import ModelRunner
-from hf_distill.models.vocabulary import compare_tokens, shared_vocabulary, suppress_unused_ids
+from hf_distill.models.vocabulary import (
+    compare_tokens,
+    same_embeddings,
+    shared_vocabulary,
+    suppress_unused_ids,
+)
 from hf_distill.recordings.reader import check_recording
 from hf_distill.recordings.row_format import COLUMN, Header
 from hf_distill.tasks import Task, find_task
@@ -28,6 +32,7 @@ from hf_distill.teachers import AdapterTeacher, Teacher, as_teacher
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.features import make_features
 from hf_distill.training.loss import DistillationLoss
+from hf_distill.training.student import load_student
 from hf_distill.training.target_index import StepTargets
 
 
@@ -50,15 +55,19 @@ def check_arguments(
 
 
 def make_student(
-    model: Any, args: DistillationArguments, peft_config: PeftConfig | None, task: str | None
+    model: Any,
+    teacher: Any,
+    args: DistillationArguments,
+    peft_config: PeftConfig | None,
+    task: str | None,
 ) -> Any:
     """The student to train: loaded, with its adapter, checked.
 
-    task: its key, None for that of the model's class
+    task: its key, None for that of the model's class; see also `load_student`
     raises: InputError for a model that cannot be a student
     """
     if isinstance(model, str | Path):
-        model = load_model(model, "student", task, **args.model_kwargs("student"))
+        model = load_student(model, teacher, task, args)
     if peft_config is not None:
         if model is None:
             raise InputError("peft_config needs a model: with model_init, add the adapter there")
@@ -70,7 +79,19 @@ def make_student(
         model = get_peft_model(model, peft_config)
     if model is not None:
         check_student(model, task)
+        _warn_of_base(model)
     return model
+
+
+def _warn_of_base(model: Any) -> None:
+    """Warn of an adapter on a base that is nowhere on disk, so that nothing saved would hold it."""
+    configs = getattr(model, "peft_config", {}).values()
+    if any(config.base_model_name_or_path in (None, "") for config in configs):
+        warn_once(
+            "The base of the student's adapter was made in memory, but only the adapter is saved: "
+            "save the base first (base.save_pretrained(FOLDER)) and load it from there, or save "
+            "the merged model (trainer.model.merge_and_unload().save_pretrained(FOLDER))."
+        )
 
 
 def check_student(model: Any, task: str | None) -> None:
@@ -184,10 +205,13 @@ def shared_outcomes(
     if teacher is None:
         return ours if recorded is None else recorded.vocabulary
     known = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    theirs = teacher.tokenizer
+    if theirs is None and same_embeddings(loss.student.model, getattr(teacher, "model", None)):
+        theirs = known  # the teacher's own vocabulary
     if loss.task.fused:
-        shared = shared_vocabulary(ours, teacher.rows, known, teacher.tokenizer)
+        shared = shared_vocabulary(ours, teacher.rows, known, theirs)
     else:
-        compare_tokens(known, teacher.tokenizer)
+        compare_tokens(known, theirs)
         shared = ours
         if teacher.rows != ours:
             raise InputError(

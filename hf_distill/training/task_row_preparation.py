@@ -24,7 +24,12 @@ from hf_distill.models.loading import local_tokenizer
 from hf_distill.models.positions import position_limit
 from hf_distill.tasks import MaskedLM, QuestionAnswering, Seq2SeqLM, Task
 from hf_distill.training.arguments import DistillationArguments
-from hf_distill.training.row_preparation import DEFAULT_MAX_LENGTH, RowPreparation
+from hf_distill.training.row_preparation import (
+    DEFAULT_MAX_LENGTH,
+    EVALUATED,
+    PREDICTED,
+    RowPreparation,
+)
 
 # As in transformers' own examples.
 WINDOW_LENGTH, TARGET_LENGTH = 384, 128
@@ -95,11 +100,13 @@ class TaskRowPreparation(RowPreparation):
         if "input_ids" not in names:
             raise self.unknown(name, names)
         if self._task.key == Seq2SeqLM.key:
+            if name == PREDICTED:
+                return dataset  # their targets may be unknown
             raise InputError(
                 f"{name} has the columns {', '.join(names)}, as for a causal model, but the "
                 "student is an encoder-decoder: its rows need labels, the ids of the target text"
             )
-        if self._task.key != MaskedLM.key or not name.startswith("eval_dataset"):
+        if self._task.key != MaskedLM.key or not name.startswith((EVALUATED, PREDICTED)):
             return dataset
         if isinstance(dataset, list | tuple):
             dataset = Dataset.from_list(list(dataset))
@@ -116,7 +123,7 @@ class TaskRowPreparation(RowPreparation):
     def collator(self) -> Any:
         """See `RowPreparation`; None where there is no tokenizer to pad with."""
         if self.tokenizer is None:
-            self.tokenizer = local_tokenizer(getattr(self._model, "name_or_path", None))
+            self.tokenizer = local_tokenizer(self._model_name)
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             return None
         return TaskCollator(

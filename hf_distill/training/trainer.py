@@ -3,7 +3,7 @@
 The trainer combines parts of other modules: a task defines the targets, a teacher turns a batch
 into a signal, `training.loss` computes sums from student, labels and signal. It overrides Trainer's
 methods for counting (`_get_num_items_in_batch`), for the loss (`compute_loss`, `prediction_step`)
-and for logs; `training.saving` overrides those for saving.
+and for logs; `training.saving` overrides those for saving, `training.datasets` those for data sets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_distill.training import setup
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.checkpoints import checkpoint_to_resume
 from hf_distill.training.collator import checking_collator
-from hf_distill.training.datasets import prepare_datasets
+from hf_distill.training.datasets import DatasetsMixin, prepare_datasets
 from hf_distill.training.evaluation_sums import EvaluationSums
 from hf_distill.training.loss import Counts, DistillationLoss, step_counts
 from hf_distill.training.on_policy import OnPolicy
@@ -35,7 +35,7 @@ from hf_distill.training.saving import SavingMixin
 from hf_distill.training.step_sums import StepSums, loss_for_log
 
 
-class DistillationMixin(SavingMixin):
+class DistillationMixin(DatasetsMixin, SavingMixin):
     """The distillation part of a Trainer; see `DistillationTrainer` for the arguments.
 
     Subclasses may override
@@ -64,11 +64,11 @@ class DistillationMixin(SavingMixin):
         **others: Any,
     ) -> None:
         args, self._task = setup.check_arguments(args, others, self.arguments), task
-        student: Any = setup.make_student(model, args, peft_config, task)
+        student: Any = setup.make_student(model, teacher, args, peft_config, task)
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        prepare_datasets(args, student, others, task)
+        self._rows = prepare_datasets(args, student, others, task)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)
@@ -262,7 +262,8 @@ class DistillationTrainer(DistillationMixin):
     divergence: your own function in place of the one that the arguments name
     peft_config: makes an adapter for the student, as `peft.get_peft_model` does
     task: "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification",
-        "token-classification" or "question-answering"; by default that of the student's class
+        "token-classification" or "question-answering"; by default that of the student's class,
+        or the teacher's if the student is a path to a checkpoint without a head
     train_dataset, eval_dataset: rows with `input_ids`, and perhaps `labels` (by default the ids),
         `ce_weight` and `divergence_weight` (a number a row); or raw rows, which are tokenized with
         `processing_class`: `text`, `prompt` and `completion`, `messages`, or those of the task

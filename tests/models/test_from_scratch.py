@@ -179,6 +179,16 @@ def test_refused_configs(config: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_encoder_decoder_without_its_task_is_told() -> None:
+    config = {"model_type": "bart", "encoder_layers": 2, "decoder_layers": 3, "d_model": 16}
+    config |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    message = "as a BartForCausalLM, the class for task='causal-lm' .* or pass task='seq2seq-lm'"
+    with pytest.raises(InputError, match=message):
+        model_from_config(config, tokenizer(), seed=0)
+    made = model_from_config(config, tokenizer(), seed=0, task="seq2seq-lm")
+    assert isinstance(made, hf.BartForConditionalGeneration)
+
+
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_rows_longer_than_the_positions_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="max_length=33 is beyond the 32 positions"):

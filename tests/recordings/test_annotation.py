@@ -118,6 +118,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_the_teachers_own_settings_of_sampling_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = writer("t5")
+    config: Any = teacher.generation_config
+    config.update(do_sample=True, top_k=50, temperature=1.0, top_p=0.9)
+    for settings, expected in (
+        ({}, "sets do_sample=True, top_k=50, top_p=0.9; generation={...} overrides it"),
+        ({"do_sample": True, "top_k": 0}, "sets top_p=0.9; gen"),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0}, None),
+        ({"do_sample": False}, None),
+    ):
+        folder = tmp_path / str(len(settings)) / str(expected)[:4]
+        made("t5", folder, teacher=teacher, generation={"max_new_tokens": 2, **settings})
+        told = capsys.readouterr().out
+        assert (expected in told) if expected else ("sampling:" not in told)
+
+
 @pytest.mark.parametrize("generation", [{"max_new_tokens": 4}, DRAWN])
 def test_resumed_after_a_kill_at_any_instant(
     generation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,7 +202,11 @@ def test_the_original_targets_may_stay(tmp_path: Path) -> None:
 def test_targets_may_be_missing(tmp_path: Path) -> None:
     """A column of nulls, as rows without labels have it."""
     rows = DOCUMENTS.remove_columns("summary").add_column("summary", [None] * 10)
-    assert made("t5", tmp_path / "a", rows)["summary"] == made("t5", tmp_path / "b")["summary"]
+    wanted = made("t5", tmp_path / "b")["summary"]
+    assert made("t5", tmp_path / "a", rows)["summary"] == wanted
+    rows = Dataset.from_dict({"body": DOCUMENTS["document"]})
+    found = made("t5", tmp_path / "c", rows, columns={"source": "body"})
+    assert found["target"] == wanted
 
 
 def test_translations_and_columns_that_are_told(tmp_path: Path) -> None:
@@ -279,7 +301,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {"rows": DOCUMENTS.select([])}, "no rows to annotate"),
     ("t5", {"rows": DOCUMENTS.rename_column("document", "body")}, "no known source and target"),
     ("t5", {"columns": {"source": "body", "target": "summary"}}, "row 0: there is no 'body'"),
-    ("t5", {"columns": {"source": "document"}}, "needs 'source' and 'target'"),
+    ("t5", {"columns": {"target": "document"}}, "needs 'source' and 'target'"),
     ("t5", {"rows": DOCUMENTS.add_column("teacher_finished", [True] * 10)},
      "a column 'teacher_finished' already"),
     ("t5", {"max_source_length": 5, "too_long": "refuse"}, r"row \d+: 'document' has \d+ tokens"),

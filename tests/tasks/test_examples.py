@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +193,25 @@ def test_what_cannot_be_shown() -> None:
     with pytest.raises(InputError, match="no models"):
         examples({}, given, tokenizer)
     assert Evaluation({"ce": 1.0}).predictions is None
+
+
+def test_the_answer_of_the_documentation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of docs/tasks.md gives the likeliest span of the context."""
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*best_spans[^`]*)```", page)
+    model = make_model("Bert", "question-answering").float()
+    model.save_pretrained(tmp_path)
+    word_pieces().save_pretrained(tmp_path)
+    question, context = "who sat ?", "the cats sat on the red mat"
+    exec(code.replace("runs/qa/student", str(tmp_path)), {"question": question, "context": context})
+    tokens = word_pieces()(question, context, return_offsets_mapping=True)
+    offsets = tokens.pop("offset_mapping")
+    with torch.no_grad():
+        outputs = model(**{name: torch.tensor([ids]) for name, ids in tokens.items()})
+    start, end = outputs.start_logits[0].tolist(), outputs.end_logits[0].tolist()
+    places = [at for at, part in enumerate(tokens.sequence_ids()) if part == 1]
+    spans = [(start[a] + end[b], a, b) for a in places for b in places if a <= b]
+    _, first, last = max(spans)
+    assert capsys.readouterr().out == context[offsets[first][0] : offsets[last][1]] + "\n"

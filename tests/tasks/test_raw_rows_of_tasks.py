@@ -59,6 +59,13 @@ def test_raw_rows_train(
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_held_loss"] > 0
     assert first["eval_held_loss"] == second["eval_held_loss"]  # the same masks
+    later = trainer.evaluate({"held": rows})  # type: ignore[arg-type]
+    assert later["eval_held_loss"] == first["eval_held_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == first["eval_held_loss"]
+    predicted = trainer.predict(rows)  # type: ignore[arg-type]
+    assert predicted.metrics
+    assert predicted.metrics["test_loss"] == first["eval_held_loss"]
+    assert "test_dataset: 6 rows tokenized" in capsys.readouterr().out
 
 
 def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> None:
@@ -73,6 +80,30 @@ def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> Non
     )
     trainer.train()
     assert next(iter(trainer.get_train_dataloader()))["labels"].dim() == 1
+
+
+def test_a_student_from_a_checkpoint_without_its_head(tmp_path: Path) -> None:
+    """It gets the teacher's task and classes, and not those of a language model."""
+    language_model, teacher = model("masked-lm"), model(CLASSIFY, 1)
+    language_model.base_model.save_pretrained(tmp_path / "headless")
+    language_model.save_pretrained(tmp_path / "masked")
+    teacher.save_pretrained(tmp_path / "teacher")
+
+    def student(name: str, teacher: Any, **options: Any) -> Any:
+        return DistillationTrainer(
+            str(tmp_path / name), teacher, arguments(tmp_path, alpha=0.5 if teacher else 0.0),
+            train_dataset=RAW[CLASSIFY], processing_class=word_pieces(), **options,
+        ).model  # fmt: skip
+
+    for found in (
+        student("headless", teacher),
+        student("headless", str(tmp_path / "teacher")),
+        student("masked", teacher, task=CLASSIFY),
+    ):
+        assert type(found).__name__ == "BertForSequenceClassification"
+        assert found.config.id2label == dict(enumerate(CLASSES))
+    with pytest.raises(InputError, match="without the head of a task, and no teacher .* task="):
+        student("headless", None)
 
 
 def test_windows_keep_their_answer_masks(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from task_models import collate, make_model, make_rows
+from task_text import RAW, word_pieces
 from trainer_setup import arguments
+from writing_setup import tokenizer, writer
 
 from hf_distill import (
     DistillationTrainer,
@@ -17,6 +19,7 @@ from hf_distill import (
     Seq2SeqDistillationTrainer,
     record,
 )
+from hf_distill.data.task_tokens import masking_collator
 from hf_distill.errors import InputError
 
 TASK = "seq2seq-lm"
@@ -49,6 +52,27 @@ def test_the_loss_is_the_objective_while_tokens_are_written(name: str, tmp_path:
         written = torch.tensor(written)
         assert written[: len(alone)].tolist() == alone.tolist()
         assert set(written[len(alone) :].tolist()) <= {1, -100}
+
+
+def test_raw_rows_in_evaluate_and_predict(tmp_path: Path) -> None:
+    student = writer("t5", 0)
+    options: Any = {"predict_with_generate": True, "generation_max_length": 8, "alpha": 0.0}
+    trainer = Seq2SeqDistillationTrainer(
+        student,
+        None,
+        arguments(tmp_path, Seq2SeqDistillationArguments, **options),
+        train_dataset=RAW[TASK],  # type: ignore[arg-type]
+        processing_class=tokenizer(),
+    )
+    before = student.generation_config.to_dict()
+    metrics = trainer.evaluate(RAW[TASK])  # type: ignore[arg-type]
+    predicted = trainer.predict(RAW[TASK])  # type: ignore[arg-type]
+    assert predicted.metrics
+    assert predicted.metrics["test_loss"] == metrics["eval_loss"] > 0
+    assert len(predicted.predictions) == 6
+    assert student.generation_config.to_dict() == before  # transformers would fill it
+    without_targets = [{"input_ids": [5, 6]}]
+    assert trainer.predict(without_targets).predictions.shape[0] == 1  # type: ignore[arg-type]
 
 
 def test_arguments_of_the_other_trainer(tmp_path: Path) -> None:
@@ -112,6 +136,37 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
     rows = Dataset.from_list(make_rows(task))
     with pytest.raises(InputError, match="its outcomes are the positions of a row"):
         record(rows, make_model("Bert", task), tmp_path / "r", data_collator=collate)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("sequence-classification", "columns text, label and no input_ids: .*tokenize_labelled"),
+        ("token-classification", "tokenize_tagged"),
+        ("masked-lm", "tokenize_texts, then mask_rows"),
+    ],
+)
+def test_raw_rows_are_not_recorded(task: str, message: str, tmp_path: Path) -> None:
+    for rows in (RAW[task], Dataset.from_list(RAW[task])):
+        with pytest.raises(InputError, match=message):
+            record(rows, make_model("Bert", task), tmp_path / "r", tokenizer=word_pieces())
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("masked-lm", "mask them first with hf_distill.data.mask_rows"),
+     ("sequence-classification", "columns input_ids, but no labels")],
+)  # fmt: skip
+def test_rows_without_labels_are_not_recorded(task: str, message: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"input_ids": [2, 5, 6, 3]}] * 3)
+    model, folder = make_model("Bert", task), tmp_path / "r"
+    with pytest.raises(InputError, match=message):
+        record(rows, model, folder, tokenizer=word_pieces())
+    if task == "masked-lm":
+        with pytest.raises(InputError, match=message):
+            record(rows, model, folder, data_collator=masking_collator(word_pieces()))
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "masked-lm"])

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel
 from trainer_setup import arguments, make_rows, small_model
 
-from hf_distill import DistillationTrainer, InputError
+from hf_distill import DistillationTrainer, InputError, student_from_teacher
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|endoftext|>\n{% endfor %}"
@@ -60,7 +60,8 @@ def test_every_form_trains(
     assert len(told) == 2  # a line a data set
     assert "tokenized, at most 64 tokens a row" in told[0]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
+    found = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(listed[:4])["eval_loss"] == found > 0  # type: ignore[arg-type]
 
 
 def test_from_folders(tmp_path: Path, tokenizer: Any) -> None:
@@ -101,8 +102,18 @@ def test_weights_of_raw_rows(tmp_path: Path, tokenizer: Any) -> None:
     trainer.train()
 
 
+def test_a_student_of_the_teachers_layers_has_its_tokens(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = small_model(1, vocab_size=300, n_positions=64)  # the one of `make`
+    for student, warns in ((student_from_teacher(teacher, [0]), False), (None, True)):
+        caplog.clear()
+        make(tmp_path, [FORMS["text"]], tokenizer, model=student)
+        assert ("tokens of student and teacher were not compared" in caplog.text) == warns
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_peft_config(tmp_path: Path, tokenizer: Any) -> None:
+def test_peft_config(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     trainer = make(tmp_path, [FORMS["text"]] * 8, tokenizer, peft_config=config)
     assert isinstance(trainer.model, PeftModel)
@@ -110,6 +121,14 @@ def test_peft_config(tmp_path: Path, tokenizer: Any) -> None:
     assert trained
     assert all("lora" in name for name in trained)
     trainer.train()
+    warning = "The base of the student's adapter was made in memory"
+    assert caplog.text.count(warning) == 1
+    caplog.clear()
+    base = small_model(0, vocab_size=300, n_positions=64)
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    make(tmp_path, [FORMS["text"]] * 8, tokenizer, model=loaded, peft_config=config)
+    assert warning not in caplog.text
     with pytest.raises(InputError, match="the student has an adapter already"):
         make(tmp_path, [FORMS["text"]], tokenizer, model=trainer.model, peft_config=config)
 
