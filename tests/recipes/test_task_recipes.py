@@ -366,6 +366,11 @@ def test_what_does_not_fit_the_task(override: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_the_column_of_masked_language_models() -> None:
+    with pytest.raises(InputError, match=r"sets data.columns, .*: use data.text_column instead"):
+        load_recipe(ROOT / "recipes" / "masked_lm.yaml", ["data.columns={text: body}"])
+
+
 def test_masks_and_answers_are_not_recorded() -> None:
     for name in ("masked_lm", "question_answering"):
         with pytest.raises(InputError, match="whose teacher cannot be recorded, since"):
