@@ -99,7 +99,8 @@ def read_task_rows(
     places, hub_split = evaluation_places(config)
     source = _Source(config, task, work_dir)
     train, labels, note = source.read(config.train_places["train"], config.split, None, given)
-    given = given and labels and replace(given, labels=labels)
+    if given is not None and labels is not None:
+        given = replace(given, labels=labels)
     table = PreparationTable().add(Step("collect", "train", len(train)))
     keys = _hashes(train, UNITS[task])
     held_out: dict[str, Dataset] = {}

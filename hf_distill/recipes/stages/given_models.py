@@ -33,9 +33,12 @@ def given_labels(recipe: Recipe) -> GivenLabels | None:
         return None
     ours, theirs = (config_of(recipe, role) for role in ("student", "teacher"))
     if theirs is None or recipe.teacher.is_trained_here:
-        if ours is None or is_unnamed(ours.id2label or {}):
+        if ours is None:
             return None
-        return GivenLabels(_labels(recipe, ours), f"student {recipe.student.model!r}", False)
+        labels = _labels(recipe, ours)
+        if is_unnamed(dict(enumerate(labels.names))):
+            return None
+        return GivenLabels(labels, f"student {recipe.student.model!r}", False)
     labels = _labels(recipe, theirs)
     if ours is not None and same_classes(_labels(recipe, ours), labels):
         check_classes(ours, theirs)
@@ -77,7 +80,7 @@ def _outline(recipe: Recipe, role: str) -> PreTrainedModel | None:
         config = config_from_settings(settings, recipe.task)
     try:
         with made_whole(), torch.device("meta"):
-            return HEADS[recipe.task][0].from_config(config)  # type: ignore[no-any-return]
+            return HEADS[recipe.task][0].from_config(config)
     except Exception:  # code from the Hub, or a config that is refused with a reason of its own
         return None
 
