@@ -191,6 +191,8 @@ def plan(
 ) -> None:
     """Estimate the memory of a recipe on each device, by part, and recommend how to run it.
 
+    For causal language models only.
+
     A few real steps are measured on this machine with random weights and tokens. Models that are
     too large are measured with one and two layers. Memory is then computed for each engine. Only
     configs are downloaded, and nothing is written.

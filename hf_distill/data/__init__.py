@@ -18,6 +18,7 @@ read_source_target, read_questions, read_labelled, read_unlabelled, read_tagged,
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
 Labels, label_names the kind and names of labels, and the settings of a model's config for them
+model_labels, same_classes, GivenLabels    the labels of a model that exists
 masking_collator    masks tokens at random, for masked language modelling
 mask_rows           masks tokens once, for evaluation and recordings
 read_task_rows, tokenize_splits    the same for the `data` section of a recipe, with `TaskRows`
@@ -39,6 +40,8 @@ require_rows, check_max_length     errors for too few rows and for too long rows
 from hf_distill.data.collate import Collator, collator
 from hf_distill.data.config import CleanConfig, DataConfig
 from hf_distill.data.forms import FORMS, Form, find_form
+from hf_distill.data.labels import Labels
+from hf_distill.data.model_labels import GivenLabels, model_labels, same_classes
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
 from hf_distill.data.prepare_tasks import TaskRows, read_task_rows, tokenize_splits
@@ -58,7 +61,6 @@ from hf_distill.data.task_forms import (
     tokenize_task_rows,
 )
 from hf_distill.data.task_rows import (
-    Labels,
     read_labelled,
     read_questions,
     read_source_target,
@@ -85,6 +87,7 @@ __all__ = [
     "Collator",
     "DataConfig",
     "Form",
+    "GivenLabels",
     "Labels",
     "PreparationTable",
     "Step",
@@ -102,6 +105,7 @@ __all__ = [
     "label_names",
     "mask_rows",
     "masking_collator",
+    "model_labels",
     "prompt_length",
     "read_labelled",
     "read_questions",
@@ -111,6 +115,7 @@ __all__ = [
     "read_texts",
     "read_unlabelled",
     "require_rows",
+    "same_classes",
     "task_collator",
     "text_iterator",
     "tokenize_labelled",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from hf_distill.data.collect import collect_columns
 from hf_distill.data.config import DataConfig
 from hf_distill.data.deduplicate import repeated, smallest
 from hf_distill.data.hashing import Hashes, mix, text_hash
+from hf_distill.data.labels import Labels
+from hf_distill.data.model_labels import GivenLabels, fit_labels
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import clean_rows, evaluation_places
 from hf_distill.data.task_forms import without_label
 from hf_distill.data.task_rows import (
-    Labels,
+    label_column,
     read_labelled,
     read_questions,
     read_source_target,
@@ -65,18 +67,28 @@ class TaskRows:
     """Rows of text of all splits, the kind of their labels, and the table of steps.
 
     rows: with the split "unlabelled" if the settings name such rows
+    note: which class is which, where a model without names of classes decides that; or ""
     """
 
     rows: DatasetDict
     labels: Labels | None
     table: PreparationTable
+    note: str = ""
 
 
-def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) -> TaskRows:
+def read_task_rows(
+    config: DataConfig,
+    task: str,
+    *,
+    seed: int,
+    work_dir: Path,
+    given: GivenLabels | None = None,
+) -> TaskRows:
     """Read the rows of a task, hold out evaluation rows, remove overlap and repeated rows.
 
     task: its key; seed: decides which rows are held out or sampled
     work_dir: for Arrow files; a second call with the same settings and files reuses them
+    given: the labels of a model that exists, whose classes the labels of the rows are
     returns: rows with the columns that `data.task_rows` documents
     raises: InputError if a file or a row is bad, or no training or evaluation row is left
     """
@@ -85,7 +97,10 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
         rows, table = clean_rows(config, seed=seed, work_dir=work_dir)
         return TaskRows(rows, None, table)
     places, hub_split = evaluation_places(config)
-    train, labels = _read(config, config.train_places["train"], config.split, task, None, work_dir)
+    source = _Source(config, task, work_dir)
+    train, labels, note = source.read(config.train_places["train"], config.split, None, given)
+    if given is not None and labels is not None:
+        given = replace(given, labels=labels)
     table = PreparationTable().add(Step("collect", "train", len(train)))
     keys = _hashes(train, UNITS[task])
     held_out: dict[str, Dataset] = {}
@@ -94,7 +109,7 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
         held_out["eval"], train, keys = _kept(train, held), _kept(train, ~held), keys[~held]
         table = table.add(Step("hold out", "train", len(train)))
     for split, of_split in places.items():
-        held_out[split], _ = _read(config, of_split, hub_split, task, labels, work_dir)
+        held_out[split], _, _ = source.read(of_split, hub_split, labels, given)
         table = table.add(Step("collect", split, len(held_out[split])))
     for split, rows in held_out.items():
         held_out[split], step = _settled(rows, split, config, config.max_eval_rows, seed)
@@ -110,7 +125,7 @@ def read_task_rows(config: DataConfig, task: str, *, seed: int, work_dir: Path) 
     if config.unlabelled is not None:
         splits["unlabelled"], step = _unlabelled(config, train, held_out.values(), work_dir)
         table = table.add(step)
-    return TaskRows(splits, labels, table)
+    return TaskRows(splits, labels, table, note)
 
 
 def _unlabelled(
@@ -216,31 +231,45 @@ def tokenize_split(
     return function(rows, tokenizer, num_proc=config.num_proc, **settings)
 
 
-def _read(
-    config: DataConfig,
-    places: str | list[str],
-    split: str,
-    task: str,
-    labels: Labels | None,
-    work_dir: Path,
-) -> tuple[Dataset, Labels | None]:
-    """The rows of some places, read for their task.
+@dataclass(frozen=True)
+class _Source:
+    """Where the rows of a task come from, and how they are read."""
 
-    labels: those of the training rows, for evaluation rows
-    """
-    rows = collect_columns(config, places, split, work_dir)
-    readers: Mapping[str, Any] = {
-        "seq2seq-lm": read_source_target,
-        "question-answering": read_questions,
-        "sequence-classification": partial(read_labelled, labels=labels),
-        "token-classification": partial(read_tagged, labels=labels),
-    }
-    where = places if isinstance(places, str) else ", ".join(places)
-    try:
-        found = readers[task](rows, config.columns)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    return found if isinstance(found, tuple) else (found, None)
+    config: DataConfig
+    task: str
+    work_dir: Path
+
+    def read(
+        self,
+        places: str | list[str],
+        split: str,
+        labels: Labels | None,
+        given: GivenLabels | None,
+    ) -> tuple[Dataset, Labels | None, str]:
+        """The rows of some places, the kind of their labels, and a note on these.
+
+        labels: those of the training rows, for evaluation rows
+        given: those of a model, which decide the indices
+        """
+        columns = self.config.columns
+        rows, note = collect_columns(self.config, places, split, self.work_dir), ""
+        where = places if isinstance(places, str) else ", ".join(places)
+        try:
+            if given is not None:
+                tagged = self.task == "token-classification"
+                column = label_column(rows, columns, tagged=tagged)
+                rows, found, note = fit_labels(rows, column, given, tagged=tagged)
+                labels = found.labels if labels is None and found is not None else labels
+            readers: Mapping[str, Any] = {
+                "seq2seq-lm": read_source_target,
+                "question-answering": read_questions,
+                "sequence-classification": partial(read_labelled, labels=labels),
+                "token-classification": partial(read_tagged, labels=labels),
+            }
+            read = readers[self.task](rows, columns)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return (*read, note) if isinstance(read, tuple) else (read, None, note)
 
 
 def _hashes(rows: Dataset, names: Sequence[str]) -> Hashes:

@@ -15,6 +15,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.data.deduplicate import column
+from hf_distill.data.labels import Labels
+from hf_distill.data.model_labels import aligned_rows, check_kind, model_labels
 from hf_distill.data.prompts import has_languages
 from hf_distill.data.source_target import PAIRS
 from hf_distill.data.task_rows import (
@@ -23,8 +25,6 @@ from hf_distill.data.task_rows import (
     TAGGED,
     TEXT,
     TEXT_PAIRS,
-    Kind,
-    Labels,
     read_labelled,
     read_questions,
     read_source_target,
@@ -40,8 +40,7 @@ from hf_distill.data.task_tokens import (
 )
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
-from hf_distill.tasks import SequenceClassification, Task, named_task
-from hf_distill.tasks.classification import NUMBERS, ONE, SEVERAL
+from hf_distill.tasks import Task, named_task
 
 # The columns that the rows of a task hold, as a message names them.
 FORMS = {
@@ -51,7 +50,6 @@ FORMS = {
     "token-classification": "tokens and tags",
     "question-answering": "question, context and answers",
 }
-KINDS: dict[str, Kind] = {ONE: "single", SEVERAL: "several", NUMBERS: "regression"}
 
 
 @dataclass(frozen=True)
@@ -175,15 +173,6 @@ def _field(fields: Sequence[str], language: str) -> str:
 # ---- Labels ----
 
 
-def model_labels(task: Task, config: PreTrainedConfig) -> Labels:
-    """What the labels of a model are: its classes in the order of their indices, or numbers."""
-    kind = KINDS[task.problem] if isinstance(task, SequenceClassification) else "single"
-    if kind == "regression":
-        return Labels(kind)
-    named: Any = config.id2label
-    return Labels(kind, tuple(named[index] for index in sorted(named)))
-
-
 def _labelled(
     task: Task,
     config: PreTrainedConfig,
@@ -201,7 +190,7 @@ def _labelled(
             read_tagged(rows, labels=labels)[0], tokenizer, max_length=max_length
         )
         return found, line + named
-    _check_kind(rows, name, labels)
+    check_kind(rows, name, labels)
     rows, without = _fill(rows, name, labels)
     read, _ = read_labelled(rows, labels=labels)
     found, line = tokenize_labelled(read, tokenizer, max_length=max_length)
@@ -217,39 +206,9 @@ def _by_name(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, str]:
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if not names or labels.kind == "regression" or list(names) == list(labels.names):
         return rows, ""
-    ours, theirs = {one.lower() for one in names}, {one.lower() for one in labels.names}
-    distinct = len(ours) == len(names) and len(theirs) == len(labels.names)
-    if distinct and ours <= theirs:
-        mapping = {one: index for index, one in enumerate(labels.names)}
-        return rows.align_labels_with_mapping(mapping, name), ""
+    if (aligned := aligned_rows(rows, name, labels)) is not None:
+        return aligned, ""
     return rows, f"; classes by index: {names[0]!r} is the model's {labels.names[0]!r}, and so on"
-
-
-def _check_kind(rows: Dataset, name: str, labels: Labels) -> None:
-    """InputError for labels that the student's head does not fit."""
-    feature = rows.features[name]
-    several = getattr(feature, "feature", None) is not None
-    if several and labels.kind == "single":
-        raise InputError(
-            f"{name!r} holds several labels a row, but the student gives a row one class: make it "
-            'with problem_type="multi_label_classification"'
-        )
-    if not several and labels.kind == "several":
-        raise InputError(
-            f"{name!r} holds one label a row, but the student gives each row any number of them: "
-            'make it with problem_type="single_label_classification", or give lists of labels'
-        )
-    kind = str(getattr(feature, "dtype", ""))
-    if labels.kind == "regression" and not kind.startswith(("float", "int", "uint")):
-        raise InputError(
-            f"{name!r} holds {'several labels' if several else kind}, but the student predicts a "
-            "number (num_labels=1): make it with as many labels as there are classes"
-        )
-    if labels.kind == "single" and kind.startswith("float"):
-        raise InputError(
-            f"{name!r} holds fractions, but the student has {len(labels.names)} classes: give "
-            "names or indices of classes, or make it with num_labels=1"
-        )
 
 
 def _fill(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, np.ndarray]:

@@ -15,12 +15,12 @@ the number of the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_distill.data.forms import is_list
+from hf_distill.data.labels import Labels, find_labels, read_label
 from hf_distill.data.source_target import find_source_target, text_at, value_at
 from hf_distill.errors import InputError
 
@@ -49,33 +49,6 @@ TEXT_PAIRS = (
 )
 TAGGED = {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")}
 TEXT = {"text": ("text", "content", "document", "sentence")}
-
-Kind = Literal["single", "several", "regression"]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The kind of the labels, and the names of the classes.
-
-    kind: "single", one class per row (or word); "several", any number of classes; "regression", a
-        number. names: of the classes, in the order of their indices; () for numbers
-    """
-
-    kind: Kind
-    names: tuple[str, ...] = ()
-
-    def index(self, label: Any) -> int:
-        """The index of a class given by name or index; InputError if it is no class."""
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
-        if isinstance(label, int) and 0 <= label < len(self.names):
-            return int(label)
-        shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
-        default = isinstance(label, str) and self.names[:1] == ("LABEL_0",)
-        advice = ": set id2label of the student to the names of the classes" if default else ""
-        raise InputError(
-            f"the label {label!r} is none of the {len(self.names)} classes ({shown}){advice}"
-        )
 
 
 def read_source_target(dataset: Dataset, columns: Mapping[str, str] | None = None) -> Dataset:
@@ -193,11 +166,11 @@ def read_labelled(
     """
     found = _columns(dataset, LABELLED, _paired(dataset, columns), needed=("text", "label"))
     if labels is None:
-        labels = _labels(dataset, found["label"], names)
+        labels = find_labels(dataset, found["label"], names)
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         parts = [name for name in ("text", "pair") if name in found]
-        label = _label(value_at(row, found["label"]), labels)
+        label = read_label(value_at(row, found["label"]), labels)
         return {name: text_at(row, found[name]) for name in parts} | {"label": label}
 
     number = {"single": Value("int64"), "several": List(Value("float32"))}
@@ -219,6 +192,16 @@ def read_unlabelled(dataset: Dataset, columns: Mapping[str, str] | None = None) 
         lambda row: {name: text_at(row, column) for name, column in found.items()},
         {name: Value("string") for name in found},
     )
+
+
+def label_column(
+    dataset: Dataset, columns: Mapping[str, str] | None, *, tagged: bool = False
+) -> str:
+    """The column that `read_labelled` or, if `tagged`, `read_tagged` takes the labels from."""
+    if tagged:
+        return _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))["tags"]
+    told = _paired(dataset, columns)
+    return _columns(dataset, LABELLED, told, needed=("text", "label"))["label"]
 
 
 def _paired(dataset: Dataset, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -243,8 +226,7 @@ def read_tagged(
     """
     found = _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))
     if labels is None:
-        kind: Any = _labels(dataset, found["tags"], names)
-        labels = Labels("single", kind.names)
+        labels = Labels("single", find_labels(dataset, found["tags"], names).names)
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         words, tags = value_at(row, found["tokens"]), value_at(row, found["tags"])
@@ -258,55 +240,6 @@ def read_tagged(
 
     tags = List(ClassLabel(names=list(labels.names)))
     return _read(dataset, read, {"tokens": List(Value("string")), "tags": tags}), labels
-
-
-def _label(value: Any, labels: Labels) -> Any:
-    if labels.kind == "several":
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise InputError(
-                f"the label is {value!r}, but other rows have lists of labels: give lists only"
-            )
-        given = {labels.index(one) for one in value}
-        return [float(index in given) for index in range(len(labels.names))]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        raise InputError(
-            f"the label is {value!r}, but other rows have one label: a row with several labels "
-            "needs lists everywhere"
-        )
-    if labels.kind == "single":
-        return labels.index(value)
-    if value is None or value != value or abs(value) == float("inf"):
-        raise InputError(f"the label is {value!r}, but must be a finite number")
-    return float(value)
-
-
-def _labels(dataset: Dataset, column: str, names: Sequence[str] | None) -> Labels:
-    """What the labels of a column are, from its type, or from all of its values."""
-    feature = dataset.features.get(column)
-    inner = getattr(feature, "feature", None)
-    several = inner is not None
-    feature = inner if several else feature
-    kind: Kind = "several" if several else "single"
-    if names is not None:
-        return Labels(kind, tuple(names))
-    if isinstance(feature, ClassLabel):
-        return Labels(kind, tuple(feature.names))
-    if str(getattr(feature, "dtype", "")).startswith("float") and not several:
-        return Labels("regression")
-    cells = dataset.with_format(None)[column]
-    values = {one for cell in cells for one in (cell or ())} if several else set(cells)
-    values.discard(None)
-    if not values:
-        raise InputError(f"the column {column!r} holds no label: give labelled rows")
-    if all(isinstance(value, str) for value in values):
-        return Labels(kind, tuple(sorted(values)))
-    if all(isinstance(value, int) for value in values) and min(values) >= 0:
-        return Labels(kind, tuple(str(index) for index in range(max(values) + 1)))
-    strange = min((v for v in values if not isinstance(v, str)), key=lambda v: (v >= 0, v))
-    raise InputError(
-        f"the column {column!r} holds the label {strange!r}, but classes are names or indices "
-        "from 0: convert it, or leave out rows without a label"
-    )
 
 
 # ---- Common ----

@@ -14,8 +14,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from hf_distill.data.deduplicate import column
+from hf_distill.data.labels import Labels
 from hf_distill.data.prompts import for_languages
-from hf_distill.data.task_rows import Labels
 from hf_distill.data.tokenize import check_tokenizer
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE

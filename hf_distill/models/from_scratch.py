@@ -118,9 +118,7 @@ def model_from_config(
         the model refuses, and for fewer positions than ``max_length``
     """
     settings = dict(config)
-    if "model_type" not in settings:
-        raise InputError("the config has no model_type: give one, such as gpt2 or llama")
-    model_type = str(settings.pop("model_type"))
+    model_type = _model_type(settings)
     decided = _of_tokenizer(settings, tokenizer, task)
     built = _checked_config(model_type, settings, decided, task)
     positions = max_positions(built)
@@ -139,6 +137,22 @@ def model_from_config(
         except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise InputError(_refused(model_type, task, error)) from error
     return model
+
+
+def config_from_settings(config: Mapping[str, Any], task: str) -> PreTrainedConfig:
+    """The config that `model_from_config` makes, but for what the tokenizer decides.
+
+    raises: InputError for an unknown model type or setting
+    """
+    settings = dict(config)
+    return _checked_config(_model_type(settings), settings, {}, task)
+
+
+def _model_type(settings: dict[str, Any]) -> str:
+    """Take the type of the model out of its settings; InputError where there is none."""
+    if "model_type" not in settings:
+        raise InputError("the config has no model_type: give one, such as gpt2 or llama")
+    return str(settings.pop("model_type"))
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

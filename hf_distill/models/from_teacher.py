@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill.errors import InputError
 from hf_distill.models.assembly import assembled, check_weights
@@ -22,7 +23,7 @@ from hf_distill.models.calibration import (
     calibration_rows,
     run,
 )
-from hf_distill.models.layer_origins import DoesNotFit, plan_layers
+from hf_distill.models.layer_origins import DoesNotFit, Origin, plan_layers
 from hf_distill.models.layer_selection import (
     Layers,
     Stack,
@@ -31,7 +32,7 @@ from hf_distill.models.layer_selection import (
     uses_influence,
 )
 from hf_distill.models.loading import load_model
-from hf_distill.models.narrower_config import Width, Widths
+from hf_distill.models.narrower_config import Width, Widths, narrower_configs
 from hf_distill.models.shorter_config import blueprint, find_stacks, shorter_config
 from hf_distill.models.student_report import StudentReport
 from hf_distill.models.widths import Cut, narrower
@@ -117,9 +118,7 @@ def student_and_report(
     with scores.measured():
         before = run(teacher, on)
     influence = scores.scores
-    if layers is None and not (widths and num_layers is None):
-        layers = "every_other"
-    chosen = choose_layers(stacks, {} if layers is None else layers, num_layers, influence)
+    chosen = _chosen(stacks, layers, num_layers, widths, influence)
     student, cut = _with_layers(teacher, chosen), Cut({}, {})
     if widths:
         student, cut = narrower(student, widths, on)
@@ -138,19 +137,62 @@ def student_and_report(
     )
 
 
+def student_stacks(
+    whole: PreTrainedModel,
+    layers: Layers | Mapping[str, Layers] | None,
+    num_layers: int | None,
+    widths: Widths,
+) -> list[Stack]:
+    """The stacks of layers that a student of a teacher would have; nothing is measured or copied.
+
+    whole: the teacher without memory; the others as in `student_from_teacher`
+    raises: InputError as it does, but for what only weights can show
+    """
+    stacks, by_influence = find_stacks(whole), uses_influence(layers)
+    # Any scores will do for the number of layers.
+    scores = {stack: [0.0] * stack.length for stack in stacks} if by_influence else {}
+    chosen = _chosen(stacks, layers, num_layers, widths, scores)
+    if not by_influence:
+        whole = blueprint(type(whole), _shortened(whole, chosen)[0])
+    if widths:
+        narrower_configs(whole, find_stacks(whole), widths)
+    return [replace(stack, length=len(kept)) for stack, kept in chosen.items()]
+
+
+def _chosen(
+    stacks: Sequence[Stack],
+    layers: Layers | Mapping[str, Layers] | None,
+    num_layers: int | None,
+    widths: Widths,
+    influence: Mapping[Stack, Sequence[float]],
+) -> dict[Stack, list[int]]:
+    if layers is None and not (widths and num_layers is None):
+        layers = "every_other"
+    return choose_layers(stacks, {} if layers is None else layers, num_layers, influence)
+
+
 def _with_layers(
     teacher: PreTrainedModel, chosen: Mapping[Stack, Sequence[int]]
 ) -> PreTrainedModel:
     """A copy of a model with the chosen layers only."""
-    kept = {stack: list(indices) for stack, indices in chosen.items()}
-    whole = blueprint(type(teacher), teacher.config)
-    try:
-        config = shorter_config(type(teacher), teacher.config, kept)
-        plan = plan_layers(whole, blueprint(type(teacher), config), kept)
-    except DoesNotFit as reason:
-        raise InputError(f"{reason}: {_alternatives(whole, kept)}") from None
+    config, plan = _shortened(blueprint(type(teacher), teacher.config), chosen)
     source = teacher.state_dict()
     return assembled(teacher, config, {key: part(source) for key, part in plan.items()})
+
+
+def _shortened(
+    whole: PreTrainedModel, chosen: Mapping[Stack, Sequence[int]]
+) -> tuple[PreTrainedConfig, dict[str, Origin]]:
+    """The config of a teacher with the chosen layers only, and the origin of each weight.
+
+    whole: the teacher without memory
+    """
+    kept = {stack: list(indices) for stack, indices in chosen.items()}
+    try:
+        config = shorter_config(type(whole), whole.config, kept)
+        return config, plan_layers(whole, blueprint(type(whole), config), kept)
+    except DoesNotFit as reason:
+        raise InputError(f"{reason}: {_alternatives(whole, kept)}") from None
 
 
 def _alternatives(whole: PreTrainedModel, chosen: Mapping[Stack, list[int]]) -> str:

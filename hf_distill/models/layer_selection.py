@@ -44,17 +44,23 @@ def choose_layers(
         rules = dict(layers)
     else:
         rules = dict.fromkeys(names, layers)
-    if num_layers is not None and not any(rule in COUNTED for rule in rules.values()):
-        raise InputError(
-            f"num_layers={num_layers} has no effect on layers={layers!r}: it is for "
-            f"{' and '.join(map(repr, COUNTED))}; leave it out or choose one of these"
-        )
+    check_num_layers(layers, num_layers)
     return {
         stack: _indices(stack, rules[stack.name], num_layers, (influence or {}).get(stack))
         if stack.name in rules
         else list(range(stack.length))
         for stack in stacks
     }
+
+
+def check_num_layers(layers: Layers | Mapping[str, Layers] | None, num_layers: int | None) -> None:
+    """InputError for a number of layers beside a selection that takes none."""
+    rules = list(layers.values()) if isinstance(layers, Mapping) else [layers]
+    if num_layers is not None and not any(rule in COUNTED for rule in rules):
+        raise InputError(
+            f"num_layers={num_layers} has no effect on layers={layers!r}: it is for "
+            f"{' and '.join(map(repr, COUNTED))}; leave it out or choose one of these"
+        )
 
 
 def evenly_spaced(first: int, last: int, count: int) -> list[int]:

@@ -9,18 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_distill.errors import InputError
-from hf_distill.models.heads import loader
+from hf_distill.models.heads import loader, which_files
 from hf_distill.models.precision import warn_of_slow_weights
 
 # What the readers of checkpoints raise, the last two for a broken GGUF file.
 UNREADABLE = (OSError, ValueError, KeyError, struct.error)
+# Keywords of `from_pretrained` that replace what the config says of the classes.
+CLASSES = ("id2label", "label2id", "num_labels", "problem_type")
+
+
+def load_config(name: str | Path, role: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config that `load_model` would give a model, without its weights.
+
+    kwargs: as of `load_model`; those that do not concern the config are left out
+    raises: InputError if it cannot be reached
+    """
+    check_gguf(kwargs)
+    kwargs = _numbered_classes(kwargs)
+    given = which_files(kwargs) | {key: kwargs[key] for key in CLASSES if key in kwargs}
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(name), **given)
+    except UNREADABLE as error:
+        raise InputError(not_found(role, name, error)) from error
+    return config
 
 
 def load_model(
@@ -43,6 +63,7 @@ def load_model(
     raises: InputError if it cannot be reached, or has no head of its own
     """
     check_gguf(kwargs)
+    kwargs = _numbered_classes(kwargs)
     unpacked = bool(kwargs.get("gguf_file")) and not kwargs.get("quantization_config")
     if unpacked:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
@@ -73,6 +94,16 @@ def load_model(
             "would be random: give a checkpoint of a language model"
         )
     return model
+
+
+def _numbered_classes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords whose `id2label` has numbers as keys, as in configs; those of a recipe are words."""
+    named = kwargs.get("id2label")
+    if not isinstance(named, Mapping):
+        return dict(kwargs)
+    by_number = {int(number): str(name) for number, name in named.items()}
+    by_name = {name: number for number, name in by_number.items()}
+    return {**kwargs, "id2label": by_number, "label2id": by_name}
 
 
 def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:

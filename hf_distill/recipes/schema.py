@@ -55,6 +55,11 @@ DATA_KEYS: dict[str, tuple[str, ...]] = {
     "packing": _CAUSAL,
     "packing_attention": _CAUSAL,
 }
+# What names the columns of the tasks that do not use `data.columns`.
+COLUMN_KEYS = {
+    "masked-lm": "use data.text_column instead",
+    "causal-lm": "use data.text_column, data.prompt_column or data.messages_column instead",
+}
 OTHER_FORMATS = ("source_target", "questions", "labelled", "tagged")
 ANNOTATED = ("causal-lm", "seq2seq-lm")
 NOT_RECORDED = {
@@ -136,9 +141,10 @@ class Recipe(Section):
         for name, tasks in DATA_KEYS.items():
             default = type(self.data).model_fields[name].get_default(call_default_factory=True)
             if self.task not in tasks and getattr(self.data, name) != default:
+                advice = COLUMN_KEYS[self.task] if name == "columns" else "leave it out"
                 raise ValueError(
                     f"sets data.{name}, which the task {self.task} does not use (it is for "
-                    f"{', '.join(tasks)}): leave it out"
+                    f"{', '.join(tasks)}): {advice}"
                 )
         return self
 

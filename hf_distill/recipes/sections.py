@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from hf_distill.errors import InputError
+from hf_distill.models.layer_selection import check_num_layers
 from hf_distill.models.narrower_config import Widths
 from hf_distill.recipes.train_sections import (
     AdapterSection,
@@ -180,6 +182,10 @@ class StudentSection(Section):
             )
         if self.num_layers is not None and self.layers is None:
             raise ValueError("has 'num_layers', which is for a student from 'layers'")
+        try:
+            check_num_layers(self.layers, self.num_layers)
+        except InputError as error:
+            raise ValueError(f"is refused, since {error}") from error
         if self.model_kwargs and self.model is None:
             raise ValueError("has 'model_kwargs', which is for a student from 'model'")
         return _one_of(self, "model", "config", "layers", at_least=0 if self.widths else 1)

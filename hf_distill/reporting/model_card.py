@@ -49,6 +49,9 @@ ON_THE_HUB: dict[str, tuple[str, str | None]] = {
     "question-answering": ("question-answering", "AutoPeftModelForQuestionAnswering"),
 }
 LONGEST_EXAMPLE = 200  # characters
+# What a student without a repository is loaded from; its own path would disclose folders.
+HERE = "."
+HERE_NOTE = "# The folder of this file: run this there, or give its path."
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -63,7 +66,8 @@ class CardFacts:
     metrics: {"student": {"perplexity": ...}, "teacher": {...}, ...} as in ``metrics.json``, and
         where there are several sets of held-out rows, the same under `sets` by name
     training: steps, learning rate, seed and the like, by name
-    repo_id: where it will be published, for the snippet that loads it
+    repo_id: where it will be published, for the snippet that loads it; without one it loads from
+        the folder of the card
     adapter: True where only a PEFT adapter is saved
     task: its key
     examples: held-out rows with `prompt`, `reference` and the prediction of each model
@@ -111,7 +115,9 @@ def render_card(facts: CardFacts) -> str:
     text = _TEMPLATES.get_template("card.md.jinja").render(
         metadata=_metadata(facts, name, models).to_yaml().strip(),
         name=name,
-        model_id=facts.repo_id or name,
+        model_id=facts.repo_id or HERE,
+        here=HERE,
+        here_note=HERE_NOTE,
         task=facts.task,
         **_classes(facts),
         examples=[{key: _shortened(text) for key, text in row.items()} for row in facts.examples],
@@ -156,7 +162,8 @@ def _shortened(text: str) -> str:
 def with_model_id(card: str, model_id: str) -> str:
     """The same card, its snippet loading the model from ``model_id``."""
     line = f"model_id = {quoted(model_id)}"
-    return re.sub(r'^model_id = ".*"$', lambda _: line, card, count=1, flags=re.MULTILINE)
+    old = rf'^({re.escape(HERE_NOTE)}\n)?model_id = ".*"$'
+    return re.sub(old, lambda _: line, card, count=1, flags=re.MULTILINE)
 
 
 def hub_id(name: str | None) -> str | None:

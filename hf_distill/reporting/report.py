@@ -45,6 +45,10 @@ def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     raises: InputError if there is nothing to report yet, or a file cannot be read
     """
     run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise InputError(
+            f"{str(run_dir)!r} is not a folder: give the folder of a run, as in runs/quickstart"
+        )
     metrics = read_json(run_dir / "metrics.json", dict)
     if metrics is None:
         raise InputError(

@@ -55,8 +55,12 @@ class SequenceClassification(Task):
 
     @classmethod
     def of(cls, model: Any) -> SequenceClassification:
-        """See `Task.of`. A config that names no problem means one label, or one number."""
-        config = model.config
+        """See `Task.of`."""
+        return cls.of_config(model.config)
+
+    @classmethod
+    def of_config(cls, config: Any) -> SequenceClassification:
+        """The task of a config. One that names no problem means one label, or one number."""
         return cls(
             config.problem_type or (NUMBERS if config.num_labels == 1 else ONE), config.num_labels
         )

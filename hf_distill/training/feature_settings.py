@@ -92,6 +92,37 @@ def feature_settings(given: Any) -> list[FeatureSetting]:
     return [_setting(str(kind), value) for kind, value in given.items()]
 
 
+def pairs_of(
+    setting: FeatureSetting, student: Sequence[Stack], teacher: Sequence[Stack]
+) -> list[tuple[Stack, Stack, list[tuple[int, int]]]]:
+    """For each pair of stacks the layers that a feature loss compares, (student's, teacher's).
+
+    student, teacher: their stacks. Those of the same name are compared; of models with one stack
+        each these, whatever their names
+    raises: InputError for layers or stacks that they do not have
+    """
+    stacks = _stack_pairs(student, teacher)
+    found = [(ours, theirs, setting.pairs(ours, theirs)) for ours, theirs in stacks]
+    if not any(pairs for _, _, pairs in found):
+        raise InputError(
+            f"features: layers of {setting.kind} names {', '.join(setting.layers)}, but "
+            f"the student has {', '.join(stack.name for stack in student)}"
+        )
+    return [one for one in found if one[2]]
+
+
+def _stack_pairs(ours: Sequence[Stack], theirs: Sequence[Stack]) -> list[tuple[Stack, Stack]]:
+    if len(ours) == len(theirs) == 1:
+        return [(ours[0], theirs[0])]
+    by_name = {stack.name: stack for stack in theirs}
+    if {stack.name for stack in ours} != by_name.keys():
+        raise InputError(
+            f"features compare layers of the same stack, but the student has "
+            f"{', '.join(stack.name for stack in ours)} and the teacher {', '.join(by_name)}"
+        )
+    return [(stack, by_name[stack.name]) for stack in ours]
+
+
 def features_named(given: Any) -> str | None:
     """The feature losses in words, for cards and reports; None where there are none."""
     settings = feature_settings(given)

@@ -28,7 +28,7 @@ from hf_distill.models.taps import (
 )
 from hf_distill.teachers import LiveTeacher
 from hf_distill.training.feature_losses import FeatureLoss
-from hf_distill.training.feature_settings import KINDS, FeatureSetting, feature_settings
+from hf_distill.training.feature_settings import KINDS, FeatureSetting, feature_settings, pairs_of
 
 # The module of the student in training, and the file of a checkpoint, that hold the projections.
 PROJECTIONS = "feature_projections"
@@ -54,20 +54,16 @@ class Features:
         self.projections = nn.ModuleDict()
         if teacher is None:
             return
+        stacks = (find_stacks(student), find_stacks(teacher)) if settings else ([], [])
         for setting in settings:
-            for ours, theirs in _stack_pairs(student, teacher):
-                self._add(setting, ours, theirs, teacher, seed)
-            if not any(loss.setting is setting for loss in self.losses):
-                raise InputError(
-                    f"features: layers of {setting.kind} names {', '.join(setting.layers)}, but "
-                    f"the student has {', '.join(stack.name for stack in find_stacks(student))}"
-                )
+            for ours, theirs, pairs in pairs_of(setting, *stacks):
+                self._add(setting, ours, theirs, pairs, teacher, seed)
         if any(setting.kind == "attention" for setting in settings):
             make_attention_visible(student, "student")
             make_attention_visible(teacher, "teacher")
-        pairs = [pair for loss in self.losses for pair in loss.pairs]
-        self._of_student = Taps(student, (ours for ours, _ in pairs))
-        self._of_teacher = Taps(teacher, (theirs for _, theirs in pairs))
+        places = [pair for loss in self.losses for pair in loss.pairs]
+        self._of_student = Taps(student, (ours for ours, _ in places))
+        self._of_teacher = Taps(teacher, (theirs for _, theirs in places))
 
     def __bool__(self) -> bool:
         return bool(self.losses)
@@ -77,13 +73,11 @@ class Features:
         setting: FeatureSetting,
         ours: Stack,
         theirs: Stack,
+        found: Sequence[tuple[int, int]],
         teacher: PreTrainedModel,
         seed: int,
     ) -> None:
         kind = KINDS[setting.kind]
-        found = setting.pairs(ours, theirs)
-        if not found:
-            return
         sides = self._student.config.is_encoder_decoder
         name = f"{setting.kind}_{ours.name}" if sides else setting.kind
         decoder = sides and ours.name == "decoder"
@@ -232,20 +226,6 @@ class Projected:
 
     found: Found
     projected: dict[str, Found]
-
-
-def _stack_pairs(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[Stack, Stack]]:
-    """Stacks of the same name; of models with one stack each these, whatever their names."""
-    ours, theirs = find_stacks(student), find_stacks(teacher)
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
-    by_name = {stack.name: stack for stack in theirs}
-    if {stack.name for stack in ours} != by_name.keys():
-        raise InputError(
-            f"features compare layers of the same stack, but the student has "
-            f"{', '.join(stack.name for stack in ours)} and the teacher {', '.join(by_name)}"
-        )
-    return [(stack, by_name[stack.name]) for stack in ours]
 
 
 def _width(model: PreTrainedModel, stack: Stack) -> int:

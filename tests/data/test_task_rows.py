@@ -10,8 +10,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
 
 from hf_distill import InputError
+from hf_distill.data.labels import Labels
 from hf_distill.data.task_rows import (
-    Labels,
     read_labelled,
     read_questions,
     read_source_target,
@@ -165,7 +165,8 @@ BAD: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
      r"row 1: the label 'c' is none of the 2 classes \(a, b\)"),
     (read_labelled, (rows(text=["x"], label=[2]),), {"labels": NAMES}, "the label 2 is none"),
     (read_labelled, (rows(text=["x", "y"], label=[0, -1]),), {}, "holds the label -1"),
-    (read_labelled, (rows(text=["x", "y"], label=["a", None]),), {}, "the label None is none"),
+    (read_labelled, (rows(text=["x", "y"], label=["a", None]),), {},
+     "row 1: the label is None: leave .* move rows without a label to data.unlabelled"),
     (read_labelled, (rows(text=["x"], label=[["a", "b"]]),), {"labels": NAMES},
      "needs lists everywhere"),
     (read_labelled, (rows(text=["x"], label=["a"]),), {"labels": Labels("several", ("a",))},

@@ -14,7 +14,8 @@ from transformers import BertTokenizer, MBart50Tokenizer, PreTrainedTokenizerFas
 from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError
-from hf_distill.data.task_rows import Labels, read_labelled, read_questions, read_tagged, read_texts
+from hf_distill.data.labels import Labels
+from hf_distill.data.task_rows import read_labelled, read_questions, read_tagged, read_texts
 from hf_distill.data.task_tokens import (
     label_names,
     masking_collator,

@@ -173,6 +173,7 @@ WRONG = {
     "student.model=gpt2": "student has 'model' and 'layers', but needs one of",
     "student={model: m, ffn: 8}": "student has a width",
     "student={num_layers: 2}": "student has 'num_layers', which is for",
+    "student={layers: every_other, num_layers: 2}": "is refused, since num_layers=2 has no",
     "student=null": "key 'student' is missing",
     "teacher={}": "teacher has none, but needs one of 'model', 'config'",
     "tokenizer.vocab_size=300": "a new tokenizer does not fit a model that exists",

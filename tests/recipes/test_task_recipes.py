@@ -366,6 +366,11 @@ def test_what_does_not_fit_the_task(override: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_the_column_of_masked_language_models() -> None:
+    with pytest.raises(InputError, match=r"sets data.columns, .*: use data.text_column instead"):
+        load_recipe(ROOT / "recipes" / "masked_lm.yaml", ["data.columns={text: body}"])
+
+
 def test_masks_and_answers_are_not_recorded() -> None:
     for name in ("masked_lm", "question_answering"):
         with pytest.raises(InputError, match="whose teacher cannot be recorded, since"):
@@ -388,7 +393,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
 def test_models_that_do_not_fit(encoder: Path, tmp_path: Path) -> None:
     given = {"teacher": f"{{model: {encoder}}}", "tokenizer__vocab_size": None}
     said = message(tmp_path, "classification", **given)
-    assert "was saved without the head of a BertForSequenceClassification" in said
+    assert "was saved as a BertModel, without a head for sequence-classification, so that" in said
     said = message(tmp_path, "translation", **given, data__max_target_length=16)
     assert "the task is seq2seq-lm, but teacher" in said
     assert "is a bert, which has no head for it: give a model for seq2seq-lm" in said

@@ -185,10 +185,9 @@ def test_an_adapter_is_loaded_as_one() -> None:
 
 def test_the_snippet_is_pointed_at_the_repository() -> None:
     card = render_card(FACTS)
-    assert 'model_id = "tiny-student"' in card
-    assert with_model_id(card, "me/tiny") == card.replace(
-        'model_id = "tiny-student"', 'model_id = "me/tiny"'
-    )
+    here = '# The folder of this file: run this there, or give its path.\nmodel_id = "."\n'
+    assert here in card
+    assert with_model_id(card, "me/tiny") == card.replace(here, 'model_id = "me/tiny"\n')
     assert render_card(replace(FACTS, repo_id="me/tiny")) == with_model_id(card, "me/tiny")
 
 

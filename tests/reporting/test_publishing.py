@@ -115,7 +115,7 @@ def test_only_what_is_needed_to_use_the_student_is_published(hub: HubServer, stu
     }
     assert set(files) == set(published_files(student))
     assert b'model_id = "tester/tiny"' in files["README.md"], "the snippet loads what is published"
-    assert 'model_id = "student"' in (student / "README.md").read_text(), "the folder is untouched"
+    assert 'model_id = "."' in (student / "README.md").read_text(), "the folder is untouched"
 
 
 @pytest.mark.parametrize("private", [True, False])

@@ -276,6 +276,8 @@ def test_metrics_without_a_student_are_refused(run: Path, text: str) -> None:
 def test_a_run_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no metrics\.json.*finish its evaluation"):
         write_report(tmp_path)
+    with pytest.raises(InputError, match=r"none' is not a folder: give the folder of a run"):
+        write_report(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -168,14 +168,35 @@ def test_the_share_follows_the_validation_loss(tmp_path: Path) -> None:
     assert shares == pytest.approx([0.1, 0.1, 0.5, 0.5, 0.9, 1.0])
 
 
-def test_a_training_raises_its_share(tmp_path: Path) -> None:
+def test_of_several_sets_the_mean_loss_counts(tmp_path: Path) -> None:
+    args = arguments(tmp_path, on_policy=0.1, on_policy_raise=0.4)
+    pairs = [(3.0, 5.0), (2.0, 5.5), (2.2, 5.5), (2.0, 5.7), (4.0, 4.0)]
+    shares, log = [], []
+    for step, (novels, wiki) in enumerate(pairs):
+        log += [
+            {"loss": 1.0, "step": step},
+            {"eval_novels_loss": novels, "eval_novels_own_loss": 9.0 * step, "step": step},
+            {"eval_wiki_loss": wiki, "step": step},
+        ]
+        shares.append(share_now(args, SimpleNamespace(global_step=1, max_steps=9, log_history=log)))
+    assert shares == pytest.approx([0.1, 0.1, 0.5, 0.5, 0.9])
+    log += [{"eval_loss": 99.0, "step": 5}]  # of another set, which the user has evaluated
+    now = share_now(args, SimpleNamespace(global_step=1, max_steps=9, log_history=log))
+    assert now == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("names", [(), ("one", "two")])
+def test_a_training_raises_its_share(names: tuple[str, ...], tmp_path: Path) -> None:
     """A rate that is too high makes the validation loss rise."""
+    sets = {name: make_rows(4, seed) for seed, name in enumerate(names, start=1)}
     trainer = make(
         tmp_path, on_policy=0.0, on_policy_raise=0.5, max_steps=4, optim="sgd", learning_rate=30.0,
-        eval_strategy="steps", eval_steps=1, eval_dataset=make_rows(4, 1), max_grad_norm=0.0,
+        eval_strategy="steps", eval_steps=1, eval_dataset=sets or make_rows(4, 1),
+        max_grad_norm=0.0,
     )  # fmt: skip
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    key = "eval_one_loss" if names else "eval_loss"
+    losses = [entry[key] for entry in trainer.state.log_history if key in entry]
     assert losses[1] > losses[0]
     written = [int((batch["ce_weight"] == 0).sum()) for batch in trainer.seen]
     assert written[:2] == [0, 0]

@@ -15,6 +15,7 @@ from hf_distill.data.prepare_tasks import tokenize_split
 from hf_distill.data.tokenize import glue
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe
+from hf_distill.recipes.stages.given_models import check_student
 from hf_distill.recipes.stages.models import (
     accelerator_of,
     rows_of,
@@ -33,6 +34,7 @@ TARGETS = ("target", "completion", "messages")
 
 def annotate_rows(run: Run, result: Path) -> None:
     """`annotation/`: written/, rows with the teacher's targets and scores; train/, as tokens."""
+    run.from_main(lambda: check_student(run.recipe))  # it may have changed since `prepare`
     section, data = run.recipe.annotate, run.recipe.data
     assert section is not None
     causal = run.recipe.task == "causal-lm"

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.data import DataConfig, check_max_length
 from hf_distill.data.sources import find_files, hub_id
 from hf_distill.errors import InputError
 from hf_distill.evaluation.harness import check_harness
 from hf_distill.models.from_scratch import max_positions, model_from_config
-from hf_distill.models.heads import model_types, which_files
-from hf_distill.models.loading import UNREADABLE, check_gguf, load_tokenizer
+from hf_distill.models.heads import HEADS, model_types, which_files
+from hf_distill.models.loading import load_config, load_tokenizer
 from hf_distill.models.precision import bf16_is_fast
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recipes import (
@@ -34,6 +31,8 @@ from hf_distill.recipes import (
 from hf_distill.training.arguments import DistillationArguments
 
 PATIENCE_S = 10.0
+# Tasks whose head transformers adds with random weights where a checkpoint has none.
+NEW_HEADS = ("sequence-classification", "token-classification", "question-answering")
 
 
 # ---- Arguments of the trainings ----
@@ -135,9 +134,7 @@ def check_sources(recipe: Recipe) -> None:
     Nothing but configs and tokenizers is loaded.
     """
     for role in ("teacher", "student"):
-        section = getattr(recipe, role)
-        if section.model is not None:
-            _check_model(recipe, role, section.model, section.model_kwargs)
+        _check_model(recipe, role)
     if recipe.tokenizer.model is not None:
         _check_reachable("model", "tokenizer", recipe.tokenizer.model)
     for places in _places(recipe.data):
@@ -162,17 +159,19 @@ def check_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def _check_model(recipe: Recipe, role: str, name: str, kwargs: Mapping[str, Any]) -> None:
-    if not _is_local(name):
-        _check_reachable("model", role, name, kwargs.get("revision"))
-    check_gguf(kwargs)
-    try:
-        config = AutoConfig.from_pretrained(name, **which_files(kwargs))
-    except UNREADABLE as error:
-        raise InputError(
-            f"{role} {name!r} cannot be loaded ({_first_line(error)}): "
-            "give a local folder, or check the id and the connection to the Hub"
-        ) from error
+def config_of(recipe: Recipe, role: str) -> PreTrainedConfig | None:
+    """The config of the `model` of a role, None where there is none; InputError if not reached."""
+    section = getattr(recipe, role)
+    if section.model is None:
+        return None
+    _check_reachable("model", role, section.model, revision_of(section))
+    return load_config(section.model, role, **section.model_kwargs)
+
+
+def _check_model(recipe: Recipe, role: str) -> None:
+    config, name = config_of(recipe, role), getattr(recipe, role).model
+    if config is None:
+        return
     if config.model_type not in model_types(recipe.task):
         causal = recipe.task == "causal-lm"
         head = "language-model head that predicts the next token" if causal else "head for it"
@@ -182,6 +181,7 @@ def _check_model(recipe: Recipe, role: str, name: str, kwargs: Mapping[str, Any]
             f"{task}{role} {name!r} is a {config.model_type}, which has no {head}: give a {kind}"
         )
     check_max_length(recipe.data.max_length, max_positions(config), f"the {role} {name!r}")
+    _check_head(recipe, role, config)
     if recipe.task != "causal-lm":
         return
     backbone = getattr(MODEL_MAPPING[type(config)], "__name__", None)
@@ -190,6 +190,21 @@ def _check_model(recipe: Recipe, role: str, name: str, kwargs: Mapping[str, Any]
         raise InputError(
             f"{role} {name!r} was saved as a {backbone}, without a language-model head: "
             "give a checkpoint of a causal language model"
+        )
+
+
+def _check_head(recipe: Recipe, role: str, config: PreTrainedConfig) -> None:
+    """InputError for a teacher that would get an untrained head, if its config says so."""
+    if role != "teacher" or recipe.teacher.is_trained_here or recipe.task not in NEW_HEADS:
+        return
+    saved = config.architectures or []
+    # Classes that transformers does not have may derive from one with a head.
+    known = [name for name in saved if hasattr(transformers, name)]
+    if known and not HEADS[recipe.task][1].intersection(known):
+        raise InputError(
+            f"teacher {recipe.teacher.model!r} was saved as a {known[0]}, without a head for "
+            f"{recipe.task}, so that its predictions would be random: set teacher.train to train "
+            "it on the rows, or give a checkpoint that was trained for this task"
         )
 
 

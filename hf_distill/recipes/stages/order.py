@@ -6,6 +6,7 @@ prepare -> teacher -> annotate -> record -> student -> baseline -> off_policy ->
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, arguments
 from hf_distill.recipes.stages.annotation import WRITTEN, annotate_rows
 from hf_distill.recipes.stages.evaluation import measure, write_report_and_card
+from hf_distill.recipes.stages.given_models import given_labels
 from hf_distill.recipes.stages.inputs import data_stamp, model_stamp, tokenizer_source
 from hf_distill.recipes.stages.models import make_student
 from hf_distill.recipes.stages.preparation import prepare_data
@@ -40,7 +42,14 @@ def _decide_rows(recipe: Recipe) -> Any:
         tokenizer,
         _given_teacher(recipe),
         keeps_text,
+        *_given_classes(recipe),
     ]
+
+
+def _given_classes(recipe: Recipe) -> list[Any]:
+    """The classes of a model that decide the labels of the rows, where the task has classes."""
+    given = given_labels(recipe)
+    return [] if given is None else [asdict(given)]
 
 
 def _given_teacher(recipe: Recipe) -> Any:

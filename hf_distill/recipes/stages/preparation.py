@@ -20,6 +20,7 @@ from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.models.loading import load_tokenizer
 from hf_distill.recipes import Recipe
+from hf_distill.recipes.stages.given_models import check_student, given_labels
 from hf_distill.recipes.stages.inputs import check_sources, check_tokens, tokenizer_source
 from hf_distill.recipes.stages.models import LABELS
 from hf_distill.recipes.stages.stage import Run
@@ -32,6 +33,7 @@ def prepare_data(run: Run, result: Path) -> None:
     """`data/`: train/, eval/ or eval/NAME/ (Arrow), text/, tokenizer/, preparation.json."""
     recipe = run.recipe
     check_sources(recipe)
+    check_student(recipe)
     arrow = result.parent / "arrow"
     if recipe.task == "causal-lm":
         rows, table = clean_rows(recipe.data, seed=recipe.seed, work_dir=arrow)
@@ -46,7 +48,11 @@ def prepare_data(run: Run, result: Path) -> None:
         if recipe.annotate is not None:
             rows["train"].save_to_disk(result / "text" / "train")
     else:
-        found = read_task_rows(recipe.data, recipe.task, seed=recipe.seed, work_dir=arrow)
+        found = read_task_rows(
+            recipe.data, recipe.task, seed=recipe.seed, work_dir=arrow, given=given_labels(recipe)
+        )
+        if found.note:
+            run.log(f"  {found.note}")
         texts = found.rows.select_columns(
             [name for name in TEXTS if name in found.rows["train"].column_names]
         )

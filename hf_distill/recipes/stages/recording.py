@@ -12,6 +12,7 @@ from datasets import Dataset
 from hf_distill.errors import InputError
 from hf_distill.evaluation.performance import MB
 from hf_distill.recipes import Recipe, arguments
+from hf_distill.recipes.stages.given_models import check_student
 from hf_distill.recipes.stages.models import (
     accelerator_of,
     collator_of,
@@ -38,6 +39,7 @@ def settings_of(recipe: Recipe) -> RecordingSettings:
 
 def record_teacher(run: Run, result: Path) -> None:
     """`recording/`: train/ and eval/, each a folder of Arrow shards with its manifest."""
+    run.from_main(lambda: check_student(run.recipe))  # it may have changed since `prepare`
     section = run.recipe.record
     assert section is not None
     tokenizer, accelerator = tokenizer_of(run), accelerator_of(run)

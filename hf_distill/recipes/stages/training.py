@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from hf_distill.data import require_rows
 from hf_distill.evaluation.performance import MB, PeakMemory
 from hf_distill.recipes import arguments
+from hf_distill.recipes.stages.given_models import check_student
 from hf_distill.recipes.stages.inputs import teacher_options, training_arguments
 from hf_distill.recipes.stages.models import (
     collator_of,
@@ -47,6 +48,7 @@ DIVERGENCE = ("divergence", "temperature", "beta", "skew")
 
 def train_teacher(run: Run, result: Path) -> None:
     """`teacher/`: the teacher's config or model, trained on the rows with cross-entropy only."""
+    run.from_main(lambda: check_student(run.recipe))  # it may have changed since `prepare`
     _train(run, result, teacher_to_train, None, teacher_options(run.recipe))
     if (result / "adapter_config.json").exists():
         run.from_main(lambda: merge_adapter(unadapted_teacher(run, dtype="float32"), result))
