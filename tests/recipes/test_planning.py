@@ -44,6 +44,13 @@ MEASURES = Measures(
 HOW = {how.name: how for how in CONFIGURATIONS}
 
 
+@pytest.fixture(autouse=True)
+def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials without a process of their own, whose imports take most of their time."""
+    if "command_line" not in request.node.name:
+        monkeypatch.setattr(trials, "_run", trials._trial)
+
+
 def total(name: str, devices: int, measures: Measures = MEASURES) -> float:
     return sum(parts(measures, HOW[name], devices, cpu=False).values())
 
@@ -151,7 +158,6 @@ def test_what_is_no_size(text: str) -> None:
         memory_bytes(text)
 
 
-@pytest.mark.slow
 def test_trials_know_the_whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whole models, and of models with one and two layers: the same sizes, counted by hand."""
     recipe = load_recipe(write_recipe(tmp_path))
@@ -202,7 +208,6 @@ def test_a_plan_tells_of_steps_that_differ() -> None:
 # ---- Students that write ----
 
 
-@pytest.mark.slow
 def test_the_time_of_writing_is_counted(tmp_path: Path) -> None:
     options = ["data.packing=false", "train.on_policy=0.5", "train.max_new_tokens=24"]
     options += ["train.gradient_accumulation_steps=2", "train.max_steps=100"]
