@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 from transformers import PreTrainedConfig
 
 from hf_distill.data.labels import Kind, Labels, find_labels
@@ -100,8 +100,27 @@ def aligned_rows(rows: Dataset, column: str, labels: Labels) -> Dataset | None:
     distinct = len(ours) == len(names) and len(theirs) == len(labels.names)
     if not distinct or not ours.keys() <= theirs.keys():
         return None
-    mapping = {one: index for index, one in enumerate(labels.names)}
-    return rows.align_labels_with_mapping(mapping, column)
+    # `align_labels_with_mapping` of datasets 5.2 fails for lists of labels.
+    places = {one.lower(): index for index, one in enumerate(labels.names)}
+    moved = [places[one.lower()] for one in names]
+
+    def move(cell: Any) -> Any:
+        if isinstance(cell, list):
+            return [move(one) for one in cell]
+        return cell if cell is None or cell < 0 else moved[cell]
+
+    feature: Any = ClassLabel(names=list(labels.names))
+    feature = feature if isinstance(rows.features[column], ClassLabel) else List(feature)
+    cells = rows.with_format(None)[column]
+    return rows.remove_columns(column).add_column(column, list(map(move, cells)), feature=feature)
+
+
+def in_order(rows: Dataset, column: str, labels: Labels) -> Dataset:
+    """Rows whose `ClassLabel` has the order of `labels`, if it has their names; else as given."""
+    if column not in rows.features or not isinstance(_feature(rows, column), ClassLabel):
+        return rows
+    aligned = None if labels.kind == "regression" else aligned_rows(rows, column, labels)
+    return rows if aligned is None else aligned
 
 
 def check_kind(

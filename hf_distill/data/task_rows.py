@@ -21,6 +21,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_distill.data.forms import is_list
 from hf_distill.data.labels import Labels, find_labels, read_label
+from hf_distill.data.model_labels import in_order
 from hf_distill.data.source_target import find_source_target, text_at, value_at
 from hf_distill.errors import InputError
 
@@ -167,6 +168,8 @@ def read_labelled(
     found = _columns(dataset, LABELLED, _paired(dataset, columns), needed=("text", "label"))
     if labels is None:
         labels = find_labels(dataset, found["label"], names)
+    else:
+        dataset = in_order(dataset, found["label"], labels)
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         parts = [name for name in ("text", "pair") if name in found]
@@ -227,6 +230,8 @@ def read_tagged(
     found = _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))
     if labels is None:
         labels = Labels("single", find_labels(dataset, found["tags"], names).names)
+    else:
+        dataset = in_order(dataset, found["tags"], labels)
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         words, tags = value_at(row, found["tokens"]), value_at(row, found["tags"])

@@ -103,6 +103,16 @@ def test_classes_by_name_index_and_type() -> None:
     assert told["label"] == [1]
 
 
+def test_a_class_label_in_another_order_keeps_its_meaning() -> None:
+    known = Labels("single", ("bad", "good"))
+    feature = ClassLabel(names=["good", "bad"])
+    given = rows(text=["x", "y"], label=[0, 1]).cast_column("label", feature)
+    assert read_labelled(given, labels=known)[0]["label"] == [1, 0]
+    words = Features({"tokens": List(Value("string")), "tags": List(feature)})
+    tagged = Dataset.from_dict({"tokens": [["x", "y"]], "tags": [[0, 1]]}, features=words)
+    assert read_tagged(tagged, labels=known)[0]["tags"] == [[1, 0]]
+
+
 def test_several_labels_and_numbers() -> None:
     several, labels = read_labelled(rows(text=["x", "y", "z"], labels=[["c", "a"], [], ["b"]]))
     assert labels == Labels("several", ("a", "b", "c"))
