@@ -26,7 +26,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## the everyday tier, at most 10 minutes on 2 cores
+test: lint  ## the everyday tier, 10 to 25 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: lint  ## the full grids, at most an hour

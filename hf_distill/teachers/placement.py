@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_distill.errors import InputError
 from hf_distill.models.engines import made_whole
-from hf_distill.models.heads import auto_class, which_files
-from hf_distill.models.loading import UNREADABLE, check_gguf, load_model, not_found
+from hf_distill.models.heads import auto_class
+from hf_distill.models.loading import load_config, load_model
 
 PLACEMENTS = ("auto", "replicated", "sharded", "offloaded")
 # Up to this share of a device's memory a teacher is replicated: gathering costs time at every step.
@@ -90,11 +90,7 @@ def load_placed(
 
 def size_of(name: str | Path, task: str | None = None, **kwargs: Any) -> int | None:
     """The bytes of a model's weights, by its config; None if it is quantised."""
-    try:
-        check_gguf(kwargs)
-        config = AutoConfig.from_pretrained(str(name), **which_files(kwargs))
-    except UNREADABLE as error:
-        raise InputError(not_found("teacher", name, error)) from error
+    config = load_config(name, "teacher", **kwargs)
     if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
         return None
     asked = kwargs.get("dtype", "auto")

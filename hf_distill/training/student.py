@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_distill.errors import InputError
 from hf_distill.models.base import base_model
-from hf_distill.models.heads import model_types, saved_task, which_files
-from hf_distill.models.loading import UNREADABLE, check_gguf, load_model, not_found
+from hf_distill.models.heads import model_types, saved_task
+from hf_distill.models.loading import CLASSES, load_config, load_model
 from hf_distill.tasks import find_task
 from hf_distill.training.arguments import DistillationArguments
-
-# What the config of a classifier says about its classes.
-CLASSES = ("id2label", "label2id", "problem_type")
 
 
 def load_student(
@@ -30,7 +24,7 @@ def load_student(
     raises: InputError for a checkpoint that cannot be read, or whose task is not known
     """
     kwargs = dict(args.model_kwargs("student"))
-    config = _config(name, "student", kwargs)
+    config = load_config(name, "student", **kwargs)
     saved = saved_task(config)
     if saved is not None and task in (None, saved):
         return load_model(name, "student", task, **kwargs)
@@ -41,7 +35,7 @@ def load_student(
             f"student {str(name)!r} was saved without the head of a task, and no teacher tells "
             'its task: pass task=, such as task="sequence-classification"'
         )
-    if task == theirs and not {"num_labels", *CLASSES} & kwargs.keys():
+    if task == theirs and not set(CLASSES) & kwargs.keys():
         kwargs |= classes
     return load_model(name, "student", task, **kwargs)
 
@@ -52,18 +46,10 @@ def _is_encoder(config: Any) -> bool:
     return config.model_type in model_types("masked-lm") and not writes
 
 
-def _config(name: str | Path, role: str, kwargs: Mapping[str, Any]) -> Any:
-    check_gguf(kwargs)
-    try:
-        return AutoConfig.from_pretrained(str(name), **which_files(kwargs))
-    except UNREADABLE as error:
-        raise InputError(not_found(role, name, error)) from error
-
-
 def _of_teacher(teacher: Any, args: DistillationArguments) -> tuple[str | None, dict[str, Any]]:
     """The task of a teacher, None if it is not known, and the classes of its head."""
     if isinstance(teacher, str | Path):
-        config = _config(teacher, "teacher", args.model_kwargs("teacher"))
+        config: Any = load_config(teacher, "teacher", **args.model_kwargs("teacher"))
         task = saved_task(config)
     else:
         model = base_model(getattr(teacher, "model", teacher))
