@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ PEFT_TASKS = {
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
 }  # peft has none for masked language modelling
-# Training rows on which a teacher's layers and units are measured.
+# A teacher is measured on a few hundred training rows, fewer where they are long, since the scores
+# are means over positions.
 MEASURED_ROWS = 256
+MEASURED_TOKENS = 32_768
 
 
 def tokenizer_of(run: Run) -> PreTrainedTokenizerBase:
@@ -200,8 +203,7 @@ def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
         teacher = load_model(name, "teacher", run.recipe.task, **kwargs)
         rows = None
         if uses_influence(section.layers) or section.widths:
-            rows = rows_of(run, "train").shuffle(seed=run.recipe.seed)
-            rows = rows.select(range(min(len(rows), MEASURED_ROWS)))
+            rows = _measured_rows(rows_of(run, "train").shuffle(seed=run.recipe.seed))
             if torch.accelerator.is_available():
                 teacher.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
         return student_and_report(
@@ -217,6 +219,13 @@ def _new_student(run: Run) -> tuple[PreTrainedModel, StudentReport | None]:
     model = pretrained(run, "student")
     check_max_length(run.recipe.data.max_length, max_positions(model.config), "the student")
     return model, None
+
+
+def _measured_rows(rows: Dataset) -> Dataset:
+    """The first rows, at most MEASURED_ROWS and MEASURED_TOKENS, and at least one."""
+    rows = rows.select(range(min(len(rows), MEASURED_ROWS)))
+    ends = accumulate(len(ids) for ids in rows["input_ids"])
+    return rows.select(range(max(1, sum(end <= MEASURED_TOKENS for end in ends))))
 
 
 def student_to_train(run: Run) -> PreTrainedModel | PeftModel:
