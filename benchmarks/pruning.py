@@ -72,19 +72,22 @@ def perplexity(model: Any, rows: list[dict[str, list[int]]]) -> float | None:
     return run(model, calibration_rows(model, rows))
 
 
-def distil(student: Any, teacher: Any, tokenizer: Any, rows: Any, seed: int, steps: int) -> Any:
+def distil(
+    student: Any, teacher: Any, tokenizer: Any, rows: Dataset, seed: int, steps: int,
+    alpha: float = 0.9, temperature: float = 1.0,
+) -> Any:  # fmt: skip
+    """Train for so many steps of two rows. teacher: None where the rows are a recording."""
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
-            folder, alpha=0.9, max_steps=steps, per_device_train_batch_size=2, seed=seed,
-            learning_rate=2e-4, warmup_steps=max(1, steps // 10), bf16=BF16, use_cpu=ON_CPU,
-            report_to="none", save_strategy="no", disable_tqdm=True,
+            folder, alpha=alpha, temperature=temperature, max_steps=steps, seed=seed,
+            per_device_train_batch_size=2, learning_rate=2e-4, warmup_steps=max(1, steps // 10),
+            bf16=BF16, use_cpu=ON_CPU, report_to="none", save_strategy="no", disable_tqdm=True,
             logging_steps=max(1, steps // 5), data_seed=seed,
         )  # fmt: skip
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
             trainer = DistillationTrainer(
-                student.float(), teacher, args, train_dataset=Dataset.from_list(rows),
-                processing_class=tokenizer,
+                student.float(), teacher, args, train_dataset=rows, processing_class=tokenizer,
             )  # fmt: skip
             trainer.train()
     return trainer.model
@@ -122,13 +125,14 @@ def main() -> None:
     teacher, tokenizer = teacher_and_tokenizer(options)
     needed = max(2 * options.steps, MEASURED)
     rows = rows_of(options.train, tokenizer, needed, options.length)
+    data = Dataset.from_list(rows)
     held_out = rows_of(options.eval, tokenizer, HELD_OUT, options.length)
     print(f"teacher: perplexity {perplexity(teacher, held_out):.1f}", file=sys.stderr)
     for method, cut in options.methods.items():
         student, report = student_and_report(teacher, **cut, rows=rows[:MEASURED])
         initial = perplexity(student, held_out)
         for seed in map(int, options.seeds.split(",")):
-            trained = distil(copy.deepcopy(student), teacher, tokenizer, rows, seed, options.steps)
+            trained = distil(copy.deepcopy(student), teacher, tokenizer, data, seed, options.steps)
             result = {"method": method, "parameters": report.parameters, "seed": seed}
             result |= {
                 "initial_perplexity": initial,
