@@ -27,6 +27,8 @@ class Plan:
     initial: whose layers the student starts from, the teacher's or the encoder's before it was
         fine-tuned, with a new head
     labels_per_class: rows that keep their label; None for all. The teacher knows all labels
+    copies: further copies of each training row of baseline and student, with its label and without
+        a quarter of its tokens
     """
 
     train: str
@@ -42,6 +44,7 @@ class Plan:
     alpha: float = 0.9
     temperature: float = 2.0
     labels_per_class: int | None = None
+    copies: int = 0
 
     @property
     def of_teacher(self) -> dict[str, Any]:
@@ -50,6 +53,8 @@ class Plan:
 
     def of_student(self, alpha: float) -> dict[str, Any]:
         found = asdict(self) | {"alpha": alpha}
+        if not self.copies:  # as rows that were measured before have it
+            del found["copies"]
         if not alpha:
             del found["temperature"]
         return found
@@ -82,7 +87,8 @@ class Task:
         self.encoder = place.minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.encoder)
         with quiet():
-            self.rows, self.labels = self._tokens(plan.train)
+            self.originals, self.labels = self._tokens(plan.train)
+            self.rows = with_copies(self.originals, plan.copies)
             self.valid = by_length(self._tokens(plan.valid, self.labels)[0])
 
     def _tokens(self, file: str, labels: Labels | None = None) -> tuple[Dataset, Labels]:
@@ -164,8 +170,8 @@ class Task:
         plan = self.plan
         set_seed(0)
         train(
-            self._untrained(), self.rows, self.tokenizer, seed=0,
-            steps=steps_of(plan.teacher_epochs, len(self.rows), plan.batch_size),
+            self._untrained(), self.originals, self.tokenizer, seed=0,
+            steps=steps_of(plan.teacher_epochs, len(self.originals), plan.batch_size),
             batch_size=plan.batch_size, learning_rate=plan.teacher_learning_rate,
         ).save_pretrained(folder)  # fmt: skip
 
@@ -184,8 +190,25 @@ class Task:
                     batch_size=32, accelerator=accelerator(),
                 )  # fmt: skip
 
-        name = "labelled" if labelled else "unlabelled"
-        return load_recording(kept(self.place.work, name, self.plan.of_teacher, make))
+        name, settings = "labelled" if labelled else "unlabelled", self.plan.of_teacher
+        settings |= {"copies": self.plan.copies} if self.plan.copies else {}
+        return load_recording(kept(self.place.work, name, settings, make))
+
+
+def with_copies(rows: Dataset, copies: int) -> Dataset:
+    """The rows, and copies of each without a quarter of the tokens between first and last."""
+    draw = random.Random(0)
+
+    def shorter(row: dict[str, Any]) -> dict[str, Any]:
+        end = len(row["input_ids"]) - 1
+        places = [0, *(place for place in range(1, end) if draw.random() < 0.75), end]
+        return {
+            name: [values[place] for place in places] if isinstance(values, list) else values
+            for name, values in row.items()
+        }
+
+    made = [Dataset.from_list([*map(shorter, rows)], rows.features) for _ in range(copies)]
+    return concatenate_datasets([rows, *made])
 
 
 def few_of_each(labels: list[int], number: int, seed: int) -> list[int]:
