@@ -123,7 +123,8 @@ class WritingPipeline(Pipeline):
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Write a text for each source; see the class."""
         found = super().__call__(inputs, *args, **kwargs)
-        if isinstance(inputs, list) and all(len(texts) == 1 for texts in found):
+        # One conversation is a list too, and its result is one list of texts.
+        if isinstance(inputs, list) and all(isinstance(t, list) and len(t) == 1 for t in found):
             return [texts[0] for texts in found]
         return found
 

@@ -225,3 +225,13 @@ def test_a_text_is_no_longer_than_the_decoder_has_positions(tmp_path: Path) -> N
     assert pipeline("summarization", model=model, tokenizer=words)("a source")
     rows = [{"document": "a source", "summary": "a target"}]
     assert len(annotate(rows, model, tmp_path / "written", tokenizer=words)) == 1
+
+
+def test_one_conversation() -> None:
+    write = pipe("llama")
+    write.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    )
+    talk = [{"role": "user", "content": "the dog"}]
+    (alone,), ((in_batch,),) = write(talk), [write([talk])]
+    assert alone == in_batch

@@ -40,6 +40,18 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 @lru_cache
+def spaced_words() -> PreTrainedTokenizerFast:
+    """Words w3 to w299 of one token each, whose decoder removes the first space (SentencePiece)."""
+    words = {"</s>": END, "<pad>": PAD, "<s>": START} | {f"▁w{i}": i for i in range(3, 300)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+    )
+
+
+@lru_cache
 def tokenizer(*, ends: bool = True, positions: int = 40) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 300 tokens. ends: put the end-of-text token after each text, as T5 does."""
     made = Tokenizer(models.BPE())

@@ -41,6 +41,7 @@ from hf_distill.data.collate import Collator, collator
 from hf_distill.data.config import CleanConfig, DataConfig
 from hf_distill.data.forms import FORMS, Form, find_form
 from hf_distill.data.labels import Labels
+from hf_distill.data.masked_texts import masking_collator, tokenize_texts
 from hf_distill.data.model_labels import GivenLabels, model_labels, same_classes
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import check_max_length, clean_rows, require_rows, text_iterator
@@ -52,6 +53,7 @@ from hf_distill.data.prompt_rows import (
     prompt_length,
     tokenize_prompts,
 )
+from hf_distill.data.question_windows import tokenize_questions
 from hf_distill.data.raw_rows import is_raw, tokenize_raw_rows
 from hf_distill.data.task_collators import TaskCollator, mask_rows, task_collator
 from hf_distill.data.task_forms import (
@@ -70,12 +72,9 @@ from hf_distill.data.task_rows import (
 )
 from hf_distill.data.task_tokens import (
     label_names,
-    masking_collator,
     tokenize_labelled,
-    tokenize_questions,
     tokenize_source_target,
     tokenize_tagged,
-    tokenize_texts,
 )
 from hf_distill.data.tokenize import tokenize_rows
 

@@ -79,6 +79,21 @@ def completion_of(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) ->
     return ids, [IGNORE] * len(prompt) + ids[len(prompt) :]
 
 
+def without_end(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], annotated: Annotated
+) -> Annotated:
+    """A conversation up to the last token of its last message, without the end of this turn.
+
+    row: with messages, or prompt and completion; annotated: its ids and labels
+    """
+    messages = row["messages"] if "messages" in row else joined_messages(row)
+    open_ids = render(tokenizer, messages, continue_final_message=True)["input_ids"]
+    ids, labels = annotated
+    length = next((i for i, (a, b) in enumerate(zip(ids, open_ids, strict=False)) if a != b),
+                  min(len(ids), len(open_ids)))  # fmt: skip
+    return ids[:length], labels[:length]
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any
 ) -> dict[str, Any]:

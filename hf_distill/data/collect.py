@@ -224,8 +224,10 @@ def _from_files(
     if kind == "text":
         options["sample_by"] = config.rows
     elif kind == "csv":
-        # Otherwise a delimiter at the end of rows makes their first value an index.
+        # Otherwise a delimiter at the end of rows makes their first value an index, and words such
+        # as "null", "None" and "NA" have no text.
         options |= {"sep": delimiter, "index_col": False}
+        options |= {"keep_default_na": False, "na_values": [""]}
     try:
         return _load(kind, files, work_dir, num_proc=config.num_proc, **options)
     # The type of a reader's error on a damaged file depends on format and compression.

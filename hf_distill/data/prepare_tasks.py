@@ -23,9 +23,11 @@ from hf_distill.data.config import DataConfig
 from hf_distill.data.deduplicate import repeated, smallest
 from hf_distill.data.hashing import Hashes, mix, text_hash
 from hf_distill.data.labels import Labels
+from hf_distill.data.masked_texts import masking_collator, tokenize_texts
 from hf_distill.data.model_labels import GivenLabels, fit_labels
 from hf_distill.data.preparation_table import PreparationTable, Step
 from hf_distill.data.prepare import clean_rows, evaluation_places
+from hf_distill.data.question_windows import tokenize_questions
 from hf_distill.data.task_forms import without_label
 from hf_distill.data.task_rows import (
     label_column,
@@ -34,15 +36,9 @@ from hf_distill.data.task_rows import (
     read_source_target,
     read_tagged,
     read_unlabelled,
+    without_blanks,
 )
-from hf_distill.data.task_tokens import (
-    masking_collator,
-    tokenize_labelled,
-    tokenize_questions,
-    tokenize_source_target,
-    tokenize_tagged,
-    tokenize_texts,
-)
+from hf_distill.data.task_tokens import tokenize_labelled, tokenize_source_target, tokenize_tagged
 from hf_distill.errors import InputError
 
 # The format of each task's rows, and the columns that no training row may share with an evaluation
@@ -94,14 +90,17 @@ def read_task_rows(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     if task == "masked-lm":
-        rows, table = clean_rows(config, seed=seed, work_dir=work_dir)
+        text = config.model_copy(update={"format": "text"})
+        rows, table = clean_rows(text, seed=seed, work_dir=work_dir)
         return TaskRows(rows, None, table)
     places, hub_split = evaluation_places(config)
     source = _Source(config, task, work_dir)
-    train, labels, note = source.read(config.train_places["train"], config.split, None, given)
+    train, labels, note, removed = source.read(
+        config.train_places["train"], config.split, None, given
+    )
     if given is not None and labels is not None:
         given = replace(given, labels=labels)
-    table = PreparationTable().add(Step("collect", "train", len(train)))
+    table = PreparationTable().add(Step("collect", "train", len(train), removed=removed))
     keys = _hashes(train, UNITS[task])
     held_out: dict[str, Dataset] = {}
     if not places:
@@ -109,8 +108,8 @@ def read_task_rows(
         held_out["eval"], train, keys = _kept(train, held), _kept(train, ~held), keys[~held]
         table = table.add(Step("hold out", "train", len(train)))
     for split, of_split in places.items():
-        held_out[split], _, _ = source.read(of_split, hub_split, labels, given)
-        table = table.add(Step("collect", split, len(held_out[split])))
+        held_out[split], _, _, removed = source.read(of_split, hub_split, labels, given)
+        table = table.add(Step("collect", split, len(held_out[split]), removed=removed))
     for split, rows in held_out.items():
         held_out[split], step = _settled(rows, split, config, config.max_eval_rows, seed)
         table = table.add(step)
@@ -245,8 +244,8 @@ class _Source:
         split: str,
         labels: Labels | None,
         given: GivenLabels | None,
-    ) -> tuple[Dataset, Labels | None, str]:
-        """The rows of some places, the kind of their labels, and a note on these.
+    ) -> tuple[Dataset, Labels | None, str, dict[str, int]]:
+        """The rows of some places, the kind of their labels, a note on these, and rows left out.
 
         labels: those of the training rows, for evaluation rows
         given: those of a model, which decide the indices
@@ -255,6 +254,7 @@ class _Source:
         rows, note = collect_columns(self.config, places, split, self.work_dir), ""
         where = places if isinstance(places, str) else ", ".join(places)
         try:
+            rows, removed = without_blanks(rows, self.task, columns)
             if given is not None:
                 tagged = self.task == "token-classification"
                 column = label_column(rows, columns, tagged=tagged)
@@ -269,7 +269,8 @@ class _Source:
             read = readers[self.task](rows, columns)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        return (*read, note) if isinstance(read, tuple) else (read, None, note)
+        read, labels = read if isinstance(read, tuple) else (read, None)
+        return read, labels, note, removed
 
 
 def _hashes(rows: Dataset, names: Sequence[str]) -> Hashes:

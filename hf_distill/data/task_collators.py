@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_distill.data.collate import collator
-from hf_distill.data.task_tokens import masking_collator
+from hf_distill.data.masked_texts import masking_collator
 from hf_distill.errors import InputError
 from hf_distill.tasks import (
     CausalLM,

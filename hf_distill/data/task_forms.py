@@ -1,6 +1,7 @@
 """Turn raw rows of other tasks than causal language modelling into token ids and labels.
 
-`data.task_rows` reads the rows and `data.task_tokens` tokenizes them. This module combines both for
+`data.task_rows` reads the rows; `data.task_tokens`, `data.question_windows` and `data.masked_texts`
+tokenize them. This module combines both for
 a model: its task decides the columns, its config the classes.
 """
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.data.deduplicate import column
 from hf_distill.data.labels import Labels
+from hf_distill.data.masked_texts import tokenize_texts
 from hf_distill.data.model_labels import aligned_rows, check_kind, model_labels
 from hf_distill.data.prompts import has_languages
+from hf_distill.data.question_windows import tokenize_questions
 from hf_distill.data.source_target import PAIRS
 from hf_distill.data.task_rows import (
     LABELLED,
@@ -31,13 +34,7 @@ from hf_distill.data.task_rows import (
     read_tagged,
     read_texts,
 )
-from hf_distill.data.task_tokens import (
-    tokenize_labelled,
-    tokenize_questions,
-    tokenize_source_target,
-    tokenize_tagged,
-    tokenize_texts,
-)
+from hf_distill.data.task_tokens import tokenize_labelled, tokenize_source_target, tokenize_tagged
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE
 from hf_distill.tasks import Task, named_task

@@ -14,6 +14,7 @@ the number of the row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -248,6 +249,44 @@ def read_tagged(
 
 
 # ---- Common ----
+
+
+def without_blanks(
+    dataset: Dataset, task: str, columns: Mapping[str, str] | None
+) -> tuple[Dataset, dict[str, int]]:
+    """The rows that have text, and a label where they need one; how many have not, by reason.
+
+    task: its key. A `ClassLabel` of -1 is none; a label of None stays, for `read_label` to refuse,
+        since such rows may be meant for `data.unlabelled`
+    returns: the rows as they were if none would be left
+    """
+    label: str | None = None
+    if task == "seq2seq-lm":
+        pair = find_source_target(dataset.column_names, columns)
+        texts = [pair.source, pair.target]
+    elif task == "question-answering":
+        found = _columns(dataset, QUESTION, columns, needed=("question", "context", "answers"))
+        texts = [found["question"], found["context"]]
+    else:
+        tagged = task == "token-classification"
+        known, needed = (TAGGED, ("tokens", "tags")) if tagged else (LABELLED, ("text", "label"))
+        told = columns if tagged else _paired(dataset, columns)
+        found = _columns(dataset, known, told, needed=needed)
+        texts = [found[name] for name in ("text", "pair", "tokens") if name in found]
+        label = None if tagged else found["label"]
+    if not isinstance(dataset.features.get(label), ClassLabel):
+        label = None
+    reasons = []
+    for row in dataset.with_format(None):
+        cells = [value_at(row, name) for name in texts]
+        blank = any(not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
+        unlabelled = label is not None and value_at(row, label) == -1
+        reasons.append("blank" if blank else "without a label" if unlabelled else "")
+    kept = [place for place, reason in enumerate(reasons) if not reason]
+    if len(kept) in (0, len(dataset)):
+        return dataset, {}
+    counts = Counter(reason for reason in reasons if reason)
+    return dataset.select(kept), dict(counts)
 
 
 def _columns(

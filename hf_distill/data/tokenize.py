@@ -9,7 +9,13 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_distill.data.chat import Annotated, assistant_turns, completion_of, template
+from hf_distill.data.chat import (
+    Annotated,
+    assistant_turns,
+    completion_of,
+    template,
+    without_end,
+)
 from hf_distill.data.clean import iterate
 from hf_distill.data.collect import COLUMNS
 from hf_distill.data.config import DataConfig, Format
@@ -22,6 +28,9 @@ from hf_distill.losses.targets import IGNORE
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 _UNLIMITED = 10**9  # tokenizers without a limit report a huge number
 WHOLE, CUT, DROPPED = 0, 1, 2  # the state of a row
+# Whether the target of a row ends where its text ends. Otherwise it was cut while it was generated,
+# and the loss covers no end.
+FINISHED = "teacher_finished"
 
 FEATURES = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 NOTES = {"_state": Value("uint8"), "_tokens": Value("int32"), "_targets": Value("int32")}
@@ -86,12 +95,18 @@ def annotate(
         alone are an exact prefix of the row, as in generation
     chat: the assistant's turns; see ``chat.assistant_turns``
     chat_completion: everything after the prompt and its generation prompt
+    A row whose column `FINISHED` is False stops where its text does.
     raises: InputError for a chat template in whose text these cannot be found
     """
     if name == "chat_completion":
-        return [completion_of(tokenizer, row) for row in iterate(batch)]
-    if name == "chat":
-        return [assistant_turns(tokenizer, messages) for messages in batch["messages"]]
+        found = [completion_of(tokenizer, row) for row in iterate(batch)]
+    elif name == "chat":
+        found = [assistant_turns(tokenizer, messages) for messages in batch["messages"]]
+    if name in ("chat", "chat_completion"):
+        return [
+            one if row.get(FINISHED, True) else without_end(tokenizer, row, one)
+            for one, row in zip(found, iterate(batch), strict=True)
+        ]
     prefix, end = prefix_ids(tokenizer), [tokenizer.eos_token_id]
     if name == "text":
         whole = [prefix + ids + end for ids in token_ids(tokenizer, batch["text"])]
@@ -106,7 +121,7 @@ def annotate(
         if both[: len(prompt)] != prompt:  # a token straddles the border
             both = prompt + token_ids(tokenizer, [row["completion"]])[0]
         start = len(prefix) + len(prompt)
-        ids = prefix + both + end
+        ids = prefix + both + (end if row.get(FINISHED, True) else [])
         annotated.append((ids, [IGNORE] * start + ids[start:]))
     return annotated
 

@@ -5,6 +5,7 @@ The scores are those of `rouge-score` and `sacrebleu`, on their own scales.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +19,8 @@ class Rouge(TextMetric):
     """`rouge1`, `rouge2`, `rougeL`, `rougeLsum`: mean F-measure of the rows, 0 to 1.
 
     Of several references of a row the best counts. `rougeLsum` takes sentences from lines: separate
-    them by newlines. Option `use_stemmer`: compare the stems of English words (Porter). All but
-    a-z and 0-9 separates words, as in the original implementation.
+    them by newlines. Option `use_stemmer`: compare the stems of English words (Porter). See
+    `rouge_scorer` for what a word is.
     Source: Lin, ROUGE, 2004.
     """
 
@@ -29,14 +30,40 @@ class Rouge(TextMetric):
         references: Sequence[str | Sequence[str]],
         use_stemmer: bool = False,
     ) -> dict[str, float]:
-        from rouge_score.rouge_scorer import RougeScorer  # imports nltk, half a second
-
-        scorer = RougeScorer(ROUGES, use_stemmer=use_stemmer)
+        accepted = listed(references)
+        scorer = rouge_scorer(ROUGES, accepted, use_stemmer=use_stemmer)
         scores = [
             scorer.score_multi(texts, prediction)
-            for texts, prediction in zip(listed(references), predictions, strict=True)
+            for texts, prediction in zip(accepted, predictions, strict=True)
         ]
         return {name: statistics.fmean(row[name].fmeasure for row in scores) for name in ROUGES}
+
+
+def rouge_scorer(
+    names: Sequence[str], references: Sequence[Sequence[str]], *, use_stemmer: bool = False
+) -> Any:
+    """A `RougeScorer` whose words fit the references.
+
+    All but a-z and 0-9 separates words, as in the original implementation, unless most letters of
+    the references are not of the Latin alphabet. Then words are sequences of letters and digits of
+    any script, and each character of a script without spaces is a word.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, half a second
+
+    letters = [char for texts in references for text in texts for char in text if char.isalpha()]
+    latin = sum(char < "\u0250" for char in letters) * 2 >= len(letters)
+    return RougeScorer(names, use_stemmer=use_stemmer, tokenizer=None if latin else _Words())
+
+
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, CJK ideographs.
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+
+
+class _Words:
+    _WORD = re.compile(f"[{_SPACELESS}]|[^\\W_{_SPACELESS}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._WORD.findall(text.lower())
 
 
 class Bleu(TextMetric):

@@ -26,6 +26,7 @@ from hf_distill.data.text_figures import length_and_variety
 from hf_distill.errors import InputError
 from hf_distill.evaluation.continuations import split_row
 from hf_distill.evaluation.evaluate import as_they_were, collect, prepared
+from hf_distill.evaluation.generation_metrics import rouge_scorer
 from hf_distill.evaluation.pair import Outputs, Pair
 from hf_distill.evaluation.predictions import Predictions
 from hf_distill.evaluation.row_sums import row_sums
@@ -174,13 +175,11 @@ class OwnText(Measure):
     @cached_property
     def _scores(self) -> list[float]:
         """The ROUGE-L of each row, NaN without a reference."""
-        from rouge_score.rouge_scorer import RougeScorer  # imports nltk, half a second
-
-        scorer = RougeScorer(["rougeL"])
-        pairs = zip(self._spelt(self._ids), self._spelt(self._references), strict=True)
+        references = self._spelt(self._references)
+        scorer = rouge_scorer(["rougeL"], [references])
         return [
             scorer.score(reference, text)["rougeL"].fmeasure if reference else math.nan
-            for text, reference in pairs
+            for text, reference in zip(self._spelt(self._ids), references, strict=True)
         ]
 
     def _spelt(self, ids: Sequence[list[int]]) -> list[str]:

@@ -114,14 +114,26 @@ def _check(student: Tensor, teacher: Tensor | None, labels: Tensor, shared: int)
         )
 
 
-def text_bytes(labels: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def text_bytes(
+    labels: Tensor, tokenizer: PreTrainedTokenizerBase, inputs: Tensor | None = None
+) -> Tensor:
     """UTF-8 bytes of the text that each row's targets spell, special tokens left out.
 
-    labels: (rows, positions) int64, `IGNORE` where nothing is predicted; returns: (rows,) int64
+    labels: (rows, positions) int64, `IGNORE` where nothing is predicted
+    inputs: of a causal model, the token at each position. SentencePiece's decoders remove the space
+        of a first word, so that targets are decoded after the token before them
+    returns: (rows,) int64
     """
-    ids = [row[row != IGNORE].tolist() for row in labels]
+    mask = labels != IGNORE
+    ids = [row[here].tolist() for row, here in zip(labels, mask, strict=True)]
+    before: list[list[int]] = [[] for _ in ids]
+    if inputs is not None:
+        firsts = inputs.gather(1, mask.int().argmax(1)[:, None]).tolist()
+        before = [first if row else [] for first, row in zip(firsts, ids, strict=True)]
     # Without the "clean-up", which would remove spaces that are in the text.
-    texts = tokenizer.batch_decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    texts, starts = (
+        tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for rows in ([[*a, *b] for a, b in zip(before, ids, strict=True)], before)
     )
-    return torch.tensor([len(text.encode()) for text in texts], device=labels.device)
+    sizes = [len(a.encode()) - len(b.encode()) for a, b in zip(texts, starts, strict=True)]
+    return torch.tensor(sizes, device=labels.device)

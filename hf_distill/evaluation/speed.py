@@ -112,12 +112,22 @@ def reading(
 
 
 def random_prompt(model: Any, tokens: int, rows: int = 1) -> Tensor:
-    """(rows, tokens) random ids, always the same, none of them padding where there are rows."""
+    """(rows, tokens) random ids, always the same.
+
+    With several rows each ends as a text does, and has no padding: some classifiers read their
+    class at the end of the text, and refuse rows without one.
+    """
     generator = torch.Generator().manual_seed(0)  # the global random state stays as it is
     ids = torch.randint(embedding_rows(model), (rows, tokens), generator=generator)
-    # Some classifiers refuse, or look for, padding.
-    padding = model.config.get_text_config().pad_token_id
-    ids = ids if rows == 1 or padding is None else ids.masked_fill(ids == padding, padding + 1)
+    if rows > 1:
+        config = model.config.get_text_config()
+        ends, padding = config.eos_token_id, config.pad_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        marks = [*ends, *([] if padding is None else [padding])]
+        word = next(i for i in range(len(marks) + 1) if i not in marks)
+        ids[torch.isin(ids, torch.tensor(marks, dtype=torch.int64))] = word
+        if ends:
+            ids[:, -1] = ends[0]
     return ids.to(model.device)
 
 

@@ -88,6 +88,7 @@ class Distributions(Measure):
         super().__init__()
         self._tokenizer, self._shared = tokenizer, shared
         self._spell = isinstance(task, CausalLM | Seq2SeqLM)  # masked tokens spell no text
+        self._causal = isinstance(task, CausalLM)
         self._metrics: list[RowMetric] = [Perplexity() if task.fused else CrossEntropy()]
         self._metrics += [BitsPerByte()] if self._spell else []
         self._metrics += [CalibrationError()]
@@ -99,7 +100,8 @@ class Distributions(Measure):
         shared = min(self._shared, outputs.student.shape[-1])
         sums = row_sums(outputs.student, outputs.teacher, outputs.labels, shared, outputs.labelled)
         if self._spell:
-            sums["bytes"] = text_bytes(outputs.labels, self._tokenizer)
+            inputs = outputs.batch.get("input_ids") if self._causal else None
+            sums["bytes"] = text_bytes(outputs.labels, self._tokenizer, inputs)
         return sums
 
     def add(self, columns: Mapping[str, Tensor]) -> None:

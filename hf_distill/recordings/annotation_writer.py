@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Dataset, Features, Value
 from hf_distill.data.forms import is_list
 from hf_distill.data.prompts import Prompts
 from hf_distill.data.source_target import SourceTarget, value_at, with_value
+from hf_distill.data.tokenize import FINISHED
 from hf_distill.errors import InputError
 from hf_distill.models.generation import Generator
 from hf_distill.recordings.row_format import model_hash, tokenizer_hash
@@ -22,9 +24,9 @@ TEXT = "teacher_text"
 SCORES = {
     "teacher_log_prob": Value("float64"),
     "teacher_mean_log_prob": Value("float64"),
-    "teacher_finished": Value("bool"),
+    FINISHED: Value("bool"),
 }
-_VERSION = 1  # part of every identity: raise it when the same settings would give other texts
+_VERSION = 2  # part of every identity: raise it when the same settings would give other texts
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ class AnnotationWriter:
             tokens = 0
             for i, texts in zip(chosen, written, strict=True):
                 for one in texts:
-                    text = self.prompts.tokenizer.decode(one.ids, skip_special_tokens=True)
-                    assert isinstance(text, str)
+                    text = self._text(rows[i], ids[i], one.ids)
                     scores = (one.log_prob, one.log_prob / max(one.tokens, 1), one.finished)
                     row = self._with_target(rows[i], text)
                     made[i].append(row | dict(zip(SCORES, scores, strict=True)))
@@ -117,8 +118,7 @@ class AnnotationWriter:
     def _prompt(self, row: Mapping[str, Any], index: int) -> tuple[list[int], bool]:
         """The ids that the teacher reads, and whether the end of the source was left out."""
         try:
-            source = value_at(row, self.columns.source)
-            ids, tokens = self.prompts.encode(_asked(source) if self._is_answer else source)
+            ids, tokens = self.prompts.encode(prompt_of(row, self.columns))
             if tokens > len(ids) and not self.truncate:
                 raise InputError(
                     f"{self.columns.source!r} has {tokens} tokens, but the teacher reads at most "
@@ -128,9 +128,15 @@ class AnnotationWriter:
             raise InputError(f"row {index}: {error}") from error
         return ids, tokens > len(ids)
 
-    @property
-    def _is_answer(self) -> bool:
-        return self.columns.source == self.columns.target
+    def _text(self, row: Mapping[str, Any], prompt: list[int], ids: list[int]) -> str:
+        """The text of the new ids; of a continued text with the space that begins it."""
+        decode: Any = partial(self.prompts.tokenizer.decode, skip_special_tokens=True)
+        alone: str = decode(ids)
+        if self.prompts.encoder_decoder or is_list(value_at(row, self.columns.source)):
+            return alone
+        # SentencePiece's decoders remove the space of a first word.
+        read, whole = decode(prompt), decode([*prompt, *ids])
+        return whole[len(read) :] if whole.startswith(read) else alone
 
     def _with_target(self, row: dict[str, Any], text: str) -> dict[str, Any]:
         if self.keep_targets:
@@ -140,7 +146,7 @@ class AnnotationWriter:
             return with_value(row, self.columns.target, text)
         # Fields of other messages, such as tool calls, are null in this one.
         answer = dict.fromkeys(source[0]) | {"role": "assistant", "content": text}
-        if not self._is_answer:
+        if not _is_answer(self.columns):
             return with_value(row, self.columns.target, [answer])
         return with_value(row, self.columns.target, [*_asked(source), answer])
 
@@ -156,6 +162,16 @@ class AnnotationWriter:
     def _seeds(self, index: int) -> list[int]:
         keys = (f"{self.seed}/{index}/{number}" for number in range(self.generator.n))
         return [xxhash.xxh3_64_intdigest(key.encode()) >> 1 for key in keys]
+
+
+def prompt_of(row: Mapping[str, Any], columns: SourceTarget) -> Any:
+    """What the teacher reads of a row: a text or messages, without an answer that it replaces."""
+    source = value_at(row, columns.source)
+    return _asked(source) if _is_answer(columns) else source
+
+
+def _is_answer(columns: SourceTarget) -> bool:
+    return columns.source == columns.target
 
 
 def _asked(messages: Any) -> Any:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_distill.errors import InputError
@@ -106,6 +107,8 @@ class Task(ABC):
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """The counts of `losses.targets.DENOMINATORS` for each row, (rows, counts) int64."""
         mask = batch.get("attention_mask")
+        if mask is None and "input_ids" in batch:  # all are attended, also where labels are fewer
+            mask = torch.ones_like(batch["input_ids"])
         return count_by_row(self.labels(batch), mask, self.weights(batch))
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,3 +190,12 @@ def test_prompts_and_completions_as_turns_of_a_chat(tmp_path: Path) -> None:
         "prompt": [{"role": "user", "content": "what?"}],
         "completion": [{"role": "assistant", "content": "it"}],
     }
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_words_that_pandas_takes_for_missing_values(delimiter: str, tmp_path: Path) -> None:
+    words = ["null", "NA", "None", "nan", "n/a"]
+    lines = [delimiter.join(["prompt", "completion"])]
+    lines += [delimiter.join([word, f"{word}!"]) for word in words]
+    rows = rows_of(tmp_path, "\n".join(lines))
+    assert rows == [{"prompt": word, "completion": f"{word}!"} for word in words]

@@ -15,15 +15,14 @@ from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError
 from hf_distill.data.labels import Labels
+from hf_distill.data.masked_texts import masking_collator, tokenize_texts
+from hf_distill.data.question_windows import tokenize_questions
 from hf_distill.data.task_rows import read_labelled, read_questions, read_tagged, read_texts
 from hf_distill.data.task_tokens import (
     label_names,
-    masking_collator,
     tokenize_labelled,
-    tokenize_questions,
     tokenize_source_target,
     tokenize_tagged,
-    tokenize_texts,
 )
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -109,6 +108,27 @@ def test_the_first_piece_of_a_token_has_its_tag() -> None:
     assert found[0]["labels"] == [-100, 1, -100, 2, -100, 0, -100]
     assert found[1]["labels"] == [-100, *[1] * 6, -100]
     assert line == "2 rows tokenized; 1 without all of their tags within 8 tokens"
+
+
+def test_byte_level_words_are_those_of_running_text() -> None:
+    made = byte_level(ends=False, positions=64)
+    found, _ = tokenize_tagged(
+        read_tagged(Dataset.from_dict({"tokens": [["the", "dog"]], "tags": [[0, 1]]}))[0],
+        made, max_length=60,
+    )  # fmt: skip
+    assert found[0]["input_ids"] == made(" the dog")["input_ids"]
+    assert made("the")["input_ids"] != made(" the")["input_ids"], "the tokenizer is as before"
+
+
+def test_a_target_that_was_cut_has_no_end() -> None:
+    made = byte_level(ends=True, positions=64)
+    rows = Dataset.from_dict(
+        {"source": ["a", "a"], "target": ["dog", "dog"], "teacher_finished": [True, False]}
+    )
+    whole, cut = tokenize_source_target(rows, made, max_source_length=9, max_target_length=9)[0][
+        "labels"
+    ]
+    assert whole == [*cut, made.eos_token_id]
 
 
 # ---- Questions ----

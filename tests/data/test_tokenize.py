@@ -243,3 +243,21 @@ def test_the_result_does_not_depend_on_processes(
         rows, table = run(tiny_tokenizer, columns, num_proc=processes, packing=True)
         results.append((rows["train"].to_list(), table))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, MARKED])
+def test_an_answer_that_was_cut_has_no_end(
+    chat_template: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = with_template(tiny_tokenizer, chat_template)
+    batch = {"messages": [CHAT, CHAT], "teacher_finished": [True, False]}
+    (ids, labels), (cut, cut_labels) = annotate(batch, tokenizer, "chat")
+    assert ids[: len(cut)] == cut
+    assert labels[: len(cut)] == cut_labels
+    assert learnt(tokenizer, cut, cut_labels) == learnt(tokenizer, ids, labels).rstrip("\n")[:-13]
+    split = {"prompt": [CHAT[:3]], "completion": [CHAT[3:]], "teacher_finished": [False]}
+    [(cut, cut_labels)] = annotate(split, tokenizer, "chat_completion")
+    assert learnt(tokenizer, cut, cut_labels) == "It is five."
+    texts = {"prompt": ["a"], "completion": ["dog"], "teacher_finished": [False]}
+    [(ids, labels)] = annotate(texts, tokenizer, "prompt_completion")
+    assert learnt(tokenizer, ids, labels) == "dog"

@@ -59,6 +59,16 @@ def test_rouge_is_the_mean_of_rows_that_the_library_gives() -> None:
     )  # "dog" is the stem of "dogs"
 
 
+def test_rouge_of_other_scripts() -> None:
+    """Words of Russian; each character of Chinese; accents do not change the script."""
+    found = Rouge().compute(predictions=["кошка спит тут"], references=["кошка спит там"])
+    assert found["rouge1"] == pytest.approx(2 / 3)
+    found = Rouge().compute(predictions=["我喜欢猫"], references=["我喜欢狗"])
+    assert found["rougeL"] == pytest.approx(3 / 4)
+    plain = Rouge().compute(predictions=["el niño"], references=["el nino"])
+    assert plain["rouge1"] == pytest.approx(2 / 5), "as the original implementation: el, ni, o"
+
+
 def test_bleu_by_hand() -> None:
     """Precisions 8/9, 7/8, 6/7, 5/6; nine tokens for a reference of ten."""
     said, true = "a b c d e f g h i", "a b c d e f g h j k"

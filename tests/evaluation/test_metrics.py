@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from writing_setup import spaced_words
 
 from hf_distill.errors import InputError
 from hf_distill.evaluation import (
@@ -214,6 +215,13 @@ def test_what_has_no_answer_is_refused() -> None:
     for shared in (0, 12):
         with pytest.raises(InputError, match=f"is {shared} ids.*between 1 and 11"):
             row_sums(student, teacher, labels, shared)
+
+
+def test_bytes_of_targets_that_begin_with_a_space() -> None:
+    """The first space counts after other text, and is none at the beginning of the text."""
+    inputs = torch.tensor([[7, 8, 9], [2, 8, 9], [7, 8, 9]])  # 2 begins a text
+    labels = torch.tensor([[8, 9, -100], [8, 9, -100], [-100, -100, -100]])
+    assert text_bytes(labels, spaced_words(), inputs).tolist() == [6, 5, 0]
 
 
 def test_bytes_of_the_text_that_targets_cover(tiny_tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import ClassLabel, Dataset, load_from_disk
 from peft import AutoPeftModelForSequenceClassification
 from run_setup import ROOT, invoke, launch, metrics
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_distill.data import DataConfig, read_task_rows
+from hf_distill.data.task_rows import without_blanks
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import train_tokenizer
 from hf_distill.recipes import load_recipe
@@ -388,6 +389,28 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         tmp_path, "summarization", data__eval=empty, data__train=empty
     )
     assert not (tmp_path / "runs" / "classification").exists()
+
+
+def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = [{"document": f"the dog {n}", "summary": f"dog {n}"} for n in range(9)]
+    bad = [{"document": " ", "summary": "x"}, {"document": "y", "summary": None}]
+    config = DataConfig(train=str(write(tmp_path / "rows.jsonl", [*bad, *good])), eval_fraction=0.2)
+    found = read_task_rows(config, "seq2seq-lm", seed=0, work_dir=tmp_path / "work")
+    assert sum(map(len, found.rows.values())) == 9
+    assert found.table.steps[0].removed == {"blank": 2}
+    labels = ClassLabel(names=["a", "b"])
+    texts = Dataset.from_dict({"text": ["a rose", "", "z"], "label": [0, 1, -1]})
+    texts = texts.cast_column("label", labels)
+    kept, removed = without_blanks(texts, "sequence-classification", None)
+    assert kept["text"] == ["a rose"]
+    assert removed == {"without a label": 1, "blank": 1}
+
+
+def test_masked_language_models_take_the_text_beside_other_columns(tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {n}", "output": f"{n}", "text": f"all {n}"} for n in range(9)]
+    config = DataConfig(train=str(write(tmp_path / "rows.jsonl", rows)), eval_fraction=0.2)
+    found = read_task_rows(config, "masked-lm", seed=0, work_dir=tmp_path / "work").rows
+    assert found["train"].column_names == ["text"]
 
 
 def test_models_that_do_not_fit(encoder: Path, tmp_path: Path) -> None:

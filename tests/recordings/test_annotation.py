@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from distributed import launch
-from writing_setup import CAUSAL, ENCODER_DECODER, tokenizer, writer
+from writing_setup import CAUSAL, ENCODER_DECODER, spaced_words, tokenizer, writer
 
 from hf_distill import InputError, annotate
 from hf_distill.models.generation import Generator
@@ -232,6 +232,12 @@ def test_prompts_and_text_get_completions(tmp_path: Path) -> None:
     assert alone["summary"] == wanted
     stream = IterableDataset.from_generator(lambda: iter(DOCUMENTS.to_list()))
     assert made("gpt2", tmp_path / "s", stream)["summary"] == wanted
+
+
+def test_a_completion_begins_with_its_space(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"prompt": ["w5", "w6 w7"]})
+    found = made("llama", tmp_path, rows, tokenizer=spaced_words())
+    assert all(text.startswith(" w") for text in found["completion"])
 
 
 def test_conversations(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hf_distill import (
     Seq2SeqDistillationTrainer,
     record,
 )
-from hf_distill.data.task_tokens import masking_collator
+from hf_distill.data.masked_texts import masking_collator
 from hf_distill.errors import InputError
 
 TASK = "seq2seq-lm"
