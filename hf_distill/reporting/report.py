@@ -329,7 +329,8 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
 
 def _curves(run_dir: Path, histories: Mapping[str, plots.History], sets: list[str]) -> list[str]:
     """The curves of all trainings; those of held-out rows for each set of them."""
-    if not sets:
+    evaluated = any(key.startswith("eval_") for h in histories.values() for e in h for key in e)
+    if not sets or not evaluated:
         return _curves_of_set(run_dir, histories)
     found: list[str] = []
     for name in sets:

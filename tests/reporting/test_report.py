@@ -412,6 +412,19 @@ def test_several_sets_have_their_tables_curves_and_verdict(run: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_trainings_without_evaluation_are_drawn_once(run: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["sets"] = {name: dict(MODELS) for name in ("novels", "news")}
+
+    for role in ("baseline", "student"):
+        path = run / role / "log_history.json"
+        entries = [e for e in json.loads(path.read_text()) if "loss" in e]
+        path.write_text(json.dumps(entries))
+    html = with_metrics(run, edit)
+    assert html.count(">Loss, each model's own objective") == 1
+    assert "own objective, n" not in html
+
+
 def test_the_log_of_one_of_several_sets() -> None:
     entry = {"step": 5, "eval_a_ce": 1.0, "eval_a_b_ce": 2.0, "loss": 3.0}
     names = ["a", "a_b"]
