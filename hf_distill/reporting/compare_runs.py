@@ -19,7 +19,7 @@ from hf_distill.reporting.formatting import (
     figures_of,
     main_figures,
 )
-from hf_distill.reporting.report import divergences
+from hf_distill.reporting.run_plots import divergences
 from hf_distill.reporting.runs import Group, find_runs, group_runs, shown
 
 PAGE = "compare.html"

@@ -8,10 +8,8 @@ from typing import Any
 
 from hf_distill.data import Step
 from hf_distill.errors import InputError
-from hf_distill.reporting import plots
 from hf_distill.reporting.comparison import benchmark_rows, nearer_sentence
 from hf_distill.reporting.files import (
-    history_of_set,
     read_json,
     read_preparation,
     read_recipe,
@@ -21,18 +19,24 @@ from hf_distill.reporting.formatting import (
     BY_KEY,
     ROLES,
     Figure,
-    compact,
-    divergence_label,
     figures_of,
     main_figures,
     measured,
     unsteady_note,
 )
+from hf_distill.reporting.run_plots import COSTS, curves_of_run, scatters
+from hf_distill.reporting.words import (
+    RIVALS,
+    change_of,
+    flattened,
+    headline,
+    names,
+    rival_of,
+    unequal,
+)
 from hf_distill.reporting.written import written_in_training
 
 TRAINED = ("baseline", "off_policy", "student")
-# Logged under `eval_` too, but no part of the objective, or drawn in a panel of its own.
-NOT_DIVERGENCES = {"loss", "ce", "teacher_ce", "top1_agreement"}
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None) -> Path:
@@ -84,9 +88,9 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "benchmarks": benchmark_rows(metrics),
         "unsteady": unsteady_note(models),
         "nearer": nearer_sentence(metrics.get("sets") or {}),
-        "curves": _curves(run_dir, histories, list(metrics.get("sets") or {})),
+        "curves": curves_of_run(run_dir, histories, list(metrics.get("sets") or {})),
         "written": written_in_training(histories),
-        "scatters": _scatters(models),
+        "scatters": scatters(models),
         "continuations": metrics.get("continuations") or [],
         "examples": metrics.get("examples") or [],
         "unequal": unequal(recipe),
@@ -95,158 +99,6 @@ def _context(run_dir: Path, metrics: dict[str, Any], models: dict[str, Any]) -> 
         "versions": flattened(metrics.get("versions") or {}),
         "machine": flattened(metrics.get("machine") or {}),
     }
-
-
-# ---- Words ----
-
-
-def headline(models: Mapping[str, Mapping[str, Any]], teacher: str, student: str) -> str:
-    """One sentence: what was distilled into what, and how the student compares to its rival."""
-    sizes = {
-        role: f" ({compact(count)} parameters)"
-        for role, model in models.items()
-        if (count := measured(model, "parameters"))
-    }
-    start = (
-        f"Distilling {teacher}{sizes.get('teacher', '')} into {student}{sizes.get('student', '')}"
-    )
-    rival = rival_of(models)
-    gains = [
-        (BY_KEY[key], ours, theirs)
-        for key in (figure.key for figure in main_figures(models["student"]))
-        if (ours := measured(models["student"], key)) is not None
-        and (theirs := measured(models.get(rival), key)) is not None
-    ]
-    if not gains:
-        return f"{start}: there is no baseline to compare with."
-    parts = [_gain(*gain, RIVALS[rival]) for gain in gains]
-    verdicts = [figure.prefers(ours, theirs) for figure, ours, theirs in gains]
-    joint = " but " if len(set(verdicts)) > 1 else " and "
-    lost = "" if any(verdicts) else "; distillation did not help here"
-    return f"{start} brought {joint.join(parts)}{lost}."
-
-
-# The model that a student is compared with, and the possessive for its figures.
-RIVALS = {"baseline": "the baseline’s", "off_policy": "the off-policy student’s"}
-
-
-def rival_of(models: Mapping[str, Any]) -> str:
-    """The baseline, or without one the student of the training before this."""
-    return next((role for role in RIVALS if role in models), "baseline")
-
-
-def _gain(figure: Figure, ours: float, theirs: float, whose: str) -> str:
-    first = figure.label.split()[0]
-    # Abbreviations, such as KL and F1, and names keep their capitals.
-    named = not first[1:].islower() or first in ("Pearson", "Spearman")
-    what = figure.label if named else figure.label[0].lower() + figure.label[1:]
-    change = f"{change} than" if (change := change_of(figure, ours, theirs)) else "the same as"
-    return f"{what} to {figure.text(ours)}, {change} {whose} {figure.text(theirs)}"
-
-
-def change_of(figure: Figure, ours: float, theirs: float) -> str:
-    """A change in words; of percentages in points."""
-    if not figure.percent:
-        return change_in_words(ours, theirs)
-    points = 100 * (ours - theirs)
-    if abs(points) < 0.05:
-        return ""
-    return f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
-
-
-def change_in_words(ours: float, theirs: float) -> str:
-    """ "17% lower", or nothing where the two agree to a tenth of a percent."""
-    change = (ours - theirs) / abs(theirs) if theirs else 0.0
-    if abs(change) < 0.0005:
-        return ""
-    size = f"{100 * abs(change):.{0 if abs(change) >= 0.1 else 1}f}%"
-    return f"{size} {'lower' if change < 0 else 'higher'}"
-
-
-def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
-    """Short names of teacher and student."""
-    teacher, student = (_section(recipe, role) for role in ("teacher", "student"))
-    teacher_name = _model_name(teacher, "teacher")
-    layers = student.get("layers")
-    if isinstance(layers, dict):
-        stacks = " and ".join(f"the {name}’s {_layers(kept)}" for name, kept in layers.items())
-        student_name = f"a student with {stacks}"
-    elif isinstance(layers, list):
-        student_name = f"a student made of its {_layers(layers)}"
-    elif layers is not None:
-        student_name = f"a student made of {LAYERS.get(layers, f'its layers, {layers}')}"
-    else:
-        student_name = _model_name(student, "student")
-    return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
-
-
-def unequal(recipe: Mapping[str, Any]) -> list[str]:
-    """Sentences on further differences between the trainings of student and baseline."""
-    found = []
-    if annotate := _section(recipe, "annotate"):
-        drawn, beams, texts = (annotate.get(key) for key in ("do_sample", "num_beams", "n"))
-        how = "drawn from its distribution" if drawn else f"found with {beams or 1} beam"
-        how += "s" if not drawn and (beams or 1) > 1 else ""
-        how += f", {texts} for each row" if (texts or 1) > 1 else ""
-        beside = " and the original ones" if annotate.get("keep_original") else ""
-        found.append(
-            f"The student was trained on targets that the teacher wrote ({how}){beside}; the "
-            "baseline was trained on the original targets."
-        )
-    if _section(recipe, "data").get("unlabelled"):
-        found.append(
-            "The student was also trained on rows without labels, by the divergence alone; the "
-            "baseline has no teacher and did not use them."
-        )
-    if _section(recipe, "off_policy"):
-        found.append(
-            "Before these steps the student was distilled on the data rows (off_policy); the "
-            "baseline had no such training."
-        )
-    return found
-
-
-COSTS = ("parameters", "decode_tokens_per_s", "examples_per_s")
-LAYERS = {
-    "every_other": "every other one of its layers",
-    "first_and_last": "its first and last layers",
-    "influence": "its most influential layers",
-}
-
-
-def _layers(kept: Any) -> str:
-    if isinstance(kept, list):
-        return f"layer{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
-    return LAYERS.get(kept, f"layers, {kept}").removeprefix("its ").replace("of its ", "")
-
-
-def _section(recipe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
-    section = recipe.get(role) or {}
-    return section if isinstance(section, Mapping) else {"model": str(section)}
-
-
-def _model_name(section: Mapping[str, Any], role: str) -> str:
-    if section.get("model"):
-        return str(section["model"]).rstrip("/").rsplit("/", maxsplit=1)[-1]
-    kind = (section.get("config") or {}).get("model_type")
-    return f"a {kind} {role} trained from scratch" if kind else f"the {role}"
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as (name, text) pairs, without those that are not known."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            pairs += flattened(value, f"{name}, ")
-        elif isinstance(value, list):
-            pairs.append((name, ", ".join(map(str, value))))
-        elif value not in (None, ""):
-            pairs.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
-    return pairs
-
-
-# ---- Tables ----
 
 
 def _preparation(run_dir: Path, recipe: Mapping[str, Any]) -> list[Step]:
@@ -322,73 +174,3 @@ def _tiles(models: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
             "note": note,
             "kind": kind,
         }
-
-
-# ---- Plots ----
-
-
-def _curves(run_dir: Path, histories: Mapping[str, plots.History], sets: list[str]) -> list[str]:
-    """The curves of all trainings; those of held-out rows for each set of them."""
-    evaluated = any(key.startswith("eval_") for h in histories.values() for e in h for key in e)
-    if not sets or not evaluated:
-        return _curves_of_set(run_dir, histories)
-    found: list[str] = []
-    for name in sets:
-        logs = {role: history_of_set(h, name, sets) for role, h in histories.items()}
-        found += _curves_of_set(run_dir, logs, name)
-    return found
-
-
-def _curves_of_set(
-    run_dir: Path, histories: Mapping[str, plots.History], of_set: str = ""
-) -> list[str]:
-    """of_set: its name, which stands behind the titles"""
-    labels = {
-        "ce": "Cross-entropy (nats per target)",
-        **{name: divergence_label(name) for name in divergences(histories)},
-        "loss": "Loss, each model's own objective",
-        "top1_agreement": "Top-1 agreement with the teacher",
-    }
-    if not any(plots.series(history, "ce") for history in histories.values()):
-        labels["loss"] = "Loss"
-    references = {"ce": _last(histories, "eval_teacher_ce")}
-    alike = {role: h for role, h in histories.items() if _same_divergence(run_dir, role)}
-    drawn = (
-        plots.curves(
-            alike if key in divergences(histories) else histories,
-            key,
-            f"{label}, {of_set}" if of_set else label,
-            references.get(key),
-            of_set,
-        )
-        for key, label in labels.items()
-    )
-    return [svg for svg in drawn if svg]
-
-
-def _same_divergence(run_dir: Path, role: str) -> bool:
-    """Whether a model's divergence was logged as the student's was, and can be drawn beside it."""
-    ours, theirs = (
-        (read_json(run_dir / name / "training_results.json", dict) or {}).get("divergence")
-        for name in ("student", role)
-    )
-    return ours == theirs
-
-
-def _last(histories: Mapping[str, plots.History], key: str) -> float | None:
-    """The last value that was logged under a key in any of the trainings."""
-    values = [value for history in histories.values() for _, value in plots.series(history, key)]
-    return values[-1] if values else None
-
-
-def divergences(histories: Mapping[str, plots.History]) -> list[str]:
-    """The names of what was logged both in training and, as ``eval_<name>``, on held-out rows."""
-    keys = dict.fromkeys(key for h in histories.values() for entry in h for key in entry)
-    return [key for key in keys if f"eval_{key}" in keys and key not in NOT_DIVERGENCES]
-
-
-def _scatters(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    final = {role: m for role, m in models.items() if role not in ("unadapted", "initial")}
-    quality = [figure.key for figure in main_figures(models["student"], 1)]
-    drawn = (plots.scatter(final, cost, key) for key in quality for cost in COSTS)
-    return [svg for svg in drawn if svg]

@@ -18,7 +18,8 @@ from hf_distill.errors import InputError
 from hf_distill.reporting import plots
 from hf_distill.reporting.files import history_of_set
 from hf_distill.reporting.formatting import compact, number
-from hf_distill.reporting.report import change_in_words, headline, write_report
+from hf_distill.reporting.report import write_report
+from hf_distill.reporting.words import change_in_words, headline
 
 Edit = Callable[[dict[str, Any]], None]
 HOSTILE = "</pre><script>alert('&\"')</script>"

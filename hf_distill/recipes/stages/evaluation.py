@@ -46,7 +46,8 @@ from hf_distill.reporting.comparison import (
 )
 from hf_distill.reporting.formatting import ROLES
 from hf_distill.reporting.model_card import CardFacts, write_card
-from hf_distill.reporting.report import names, unequal, write_report
+from hf_distill.reporting.report import write_report
+from hf_distill.reporting.words import names, unequal
 from hf_distill.teachers import LiveTeacher, as_teacher
 from hf_distill.training.feature_settings import features_named
 
