@@ -248,6 +248,16 @@ def test_the_headline_is_honest_either_way() -> None:
     assert "17% lower than the off-policy student’s 105.9" in headline(models, "T", "S")
 
 
+def test_a_student_without_a_baseline_but_two_trainings(run: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["off_policy"] = metrics.pop("baseline")
+
+    html = with_metrics(run, edit)
+    assert "<th>Off-policy</th>" in html
+    assert "Gap closed" not in html
+    assert "No baseline was trained." in html
+
+
 def test_models_are_called_what_the_recipe_calls_them(run: Path) -> None:
     assert "a gpt2 teacher trained from scratch (2.62M parameters)" in write_report(run).read_text()
     recipe = "teacher: {model: openai-community/gpt2-large}\nstudent: {model: gpt2, lora: {r: 8}}\n"
