@@ -17,6 +17,7 @@ read_source_target, read_questions, read_labelled, read_unlabelled, read_tagged,
                     rows under the names of public data sets, checked
 tokenize_source_target, tokenize_questions, tokenize_labelled, tokenize_tagged, tokenize_texts
                     these rows as token ids and labels
+with_spaces         a byte-level tokenizer for words, as token classification needs it
 Labels, label_names the kind and names of labels, and the settings of a model's config for them
 model_labels, same_classes, GivenLabels    the labels of a model that exists
 masking_collator    masks tokens at random, for masked language modelling
@@ -75,6 +76,7 @@ from hf_distill.data.task_tokens import (
     tokenize_labelled,
     tokenize_source_target,
     tokenize_tagged,
+    with_spaces,
 )
 from hf_distill.data.tokenize import tokenize_rows
 
@@ -127,4 +129,5 @@ __all__ = [
     "tokenize_tagged",
     "tokenize_task_rows",
     "tokenize_texts",
+    "with_spaces",
 ]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 
 from hf_distill.errors import InputError
+from hf_distill.losses.targets import IGNORE
 
 Kind = Literal["single", "several", "regression"]
 
@@ -64,6 +65,41 @@ def read_label(value: Any, labels: Labels) -> Any:
     return float(value)
 
 
+def as_index_lists(dataset: Dataset, column: str, classes: int | None = None) -> Dataset:
+    """Rows whose lists of 0 and 1, one for each class, are lists of the classes that have a 1.
+
+    Lists of booleans or floats are such lists. Lists of integers are, if each holds only 0 and 1
+    and has as many numbers as there are classes, or as all others have.
+
+    classes: their number, where it is known
+    returns: the rows as given, if their labels are none of these
+    raises: InputError for lists with another number of values than there are classes
+    """
+    inner = getattr(dataset.features.get(column), "feature", None)
+    dtype = str(getattr(inner, "dtype", ""))
+    if isinstance(inner, ClassLabel) or not dtype.startswith(("bool", "float", "int", "uint")):
+        return dataset
+    cells = [None if c in (None, [IGNORE]) else c for c in dataset.with_format(None)[column]]
+    given = [cell for cell in cells if cell is not None]
+    widths = {len(cell) for cell in given}
+    fits = all(value in (0, 1) for cell in given for value in cell) and (
+        widths == {classes} if classes else len(widths) == 1
+    )
+    if dtype.startswith(("int", "uint")) and (not fits or widths == {1}):
+        return dataset  # lists of indices
+    if not fits:
+        number = f"{classes}" if classes else "the same number of"
+        found = ", ".join(map(str, sorted(widths)))
+        raise InputError(
+            f"the column {column!r} holds lists of {dtype}, which must be 0 or 1 for each of "
+            f"{number} classes, but there are lists of {found} values, or other values"
+        )
+    (width,) = widths
+    names = ClassLabel(names=[str(index) for index in range(width)])
+    lists = [cell and [i for i, value in enumerate(cell) if value] for cell in cells]
+    return dataset.remove_columns(column).add_column(column, lists, feature=List(names))
+
+
 def find_labels(dataset: Dataset, column: str, names: Sequence[str] | None = None) -> Labels:
     """What the labels of a column are, from its type, or from all of its values.
 
@@ -82,7 +118,7 @@ def find_labels(dataset: Dataset, column: str, names: Sequence[str] | None = Non
         return Labels("regression")
     cells = dataset.with_format(None)[column]
     values = {one for cell in cells for one in (cell or ())} if several else set(cells)
-    values.discard(None)
+    values -= {None, IGNORE}
     if not values:
         raise InputError(f"the column {column!r} holds no label: give labelled rows")
     if all(isinstance(value, str) for value in values):

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, List
 from transformers import PreTrainedConfig
 
-from hf_distill.data.labels import Kind, Labels, find_labels
+from hf_distill.data.labels import Kind, Labels, as_index_lists, find_labels
 from hf_distill.errors import InputError
 from hf_distill.tasks import SequenceClassification, Task
 from hf_distill.tasks.classification import NUMBERS, ONE, SEVERAL, is_unnamed
@@ -60,6 +60,9 @@ def fit_labels(
     raises: InputError where the rows have classes that the model does not have
     """
     rows, model = rows.with_format(None), given.labels
+    if not tagged and column in rows.features:
+        classes = len(model.names) if given.binding and model.kind == "several" else None
+        rows = as_index_lists(rows, column, classes)
     if not given.binding:
         found = find_labels(rows, column)
         if not same_classes(found, model):

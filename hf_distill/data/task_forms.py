@@ -1,8 +1,8 @@
 """Turn raw rows of other tasks than causal language modelling into token ids and labels.
 
 `data.task_rows` reads the rows; `data.task_tokens`, `data.question_windows` and `data.masked_texts`
-tokenize them. This module combines both for
-a model: its task decides the columns, its config the classes.
+tokenize them. This module combines both for a model: its task decides the columns, its config the
+classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.data.deduplicate import column
-from hf_distill.data.labels import Labels
+from hf_distill.data.labels import Labels, as_index_lists
 from hf_distill.data.masked_texts import tokenize_texts
 from hf_distill.data.model_labels import aligned_rows, check_kind, model_labels
 from hf_distill.data.prompts import has_languages
@@ -181,12 +181,18 @@ def _labelled(
     tagged = task.key == "token-classification"
     known = TAGGED["tags"] if tagged else LABELLED["label"]
     name = next(one for one in known if one in rows.column_names)
-    rows, named = _by_name(rows.with_format(None), name, labels)
+    rows = rows.with_format(None)
+    if not tagged and labels.kind == "several":
+        rows = as_index_lists(rows, name, len(labels.names))
+    rows, named = _by_name(rows, name, labels)
     if tagged:
         found, line = tokenize_tagged(
             read_tagged(rows, labels=labels)[0], tokenizer, max_length=max_length
         )
         return found, line + named
+    if str(getattr(rows.features[name], "dtype", "")) == "null":  # no row has a label
+        kinds: dict[str, Any] = {"regression": Value("float64"), "several": List(Value("int64"))}
+        rows = rows.cast_column(name, kinds.get(labels.kind, Value("int64")))
     check_kind(rows, name, labels)
     rows, without = _fill(rows, name, labels)
     read, _ = read_labelled(rows, labels=labels)

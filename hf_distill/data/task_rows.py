@@ -21,10 +21,11 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from hf_distill.data.forms import is_list
-from hf_distill.data.labels import Labels, find_labels, read_label
+from hf_distill.data.labels import Labels, as_index_lists, find_labels, read_label
 from hf_distill.data.model_labels import in_order
 from hf_distill.data.source_target import find_source_target, text_at, value_at
 from hf_distill.errors import InputError
+from hf_distill.losses.targets import IGNORE
 
 VERSION = 1  # part of every cache key: raise it when the same settings would give other rows
 
@@ -156,8 +157,8 @@ def read_labelled(
     """Rows of `text`, perhaps `pair`, and `label`, and their `Labels`.
 
     Pairs are premise and hypothesis, sentence1 and sentence2, question1 and question2, question and
-    sentence. Labels are names or indices of classes, lists of these (several labels), or floating
-    numbers (regression).
+    sentence. Labels are names or indices of classes, lists of these or of 0 or 1 for each class
+    (several labels), or floating numbers (regression).
 
     labels: those of the training rows, for evaluation rows
     names: of the classes, in the order of their indices; by default those of the `ClassLabel`, else
@@ -167,6 +168,9 @@ def read_labelled(
     raises: InputError for a label that is no class
     """
     found = _columns(dataset, LABELLED, _paired(dataset, columns), needed=("text", "label"))
+    known = labels.names if labels is not None else names
+    if found["label"] in dataset.features:  # not a field of a column
+        dataset = as_index_lists(dataset, found["label"], len(known) if known else None)
     if labels is None:
         labels = find_labels(dataset, found["label"], names)
     else:
@@ -225,6 +229,8 @@ def read_tagged(
 ) -> tuple[Dataset, Labels]:
     """Rows of `tokens` and `tags`, an index for each token, and the classes of the tags.
 
+    A tag of None or -100 is none, and becomes -1.
+
     labels, names: see `read_labelled`
     raises: InputError for rows without tokens, or with another number of tags
     """
@@ -236,13 +242,15 @@ def read_tagged(
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         words, tags = value_at(row, found["tokens"]), value_at(row, found["tags"])
-        if not words:
-            raise InputError(f"{found['tokens']!r} is empty: leave out such rows")
+        if isinstance(words, str) or not words:
+            held = "is empty: leave out such rows" if not words else "is text, not a list of words"
+            raise InputError(f"{found['tokens']!r} {held}")
         if len(words) != len(tags or ()):
             raise InputError(
                 f"there are {len(words)} tokens and {len(tags or ())} tags: give one for each token"
             )
-        return {"tokens": list(words), "tags": [labels.index(tag) for tag in tags]}
+        places = [-1 if tag in (None, IGNORE) else labels.index(tag) for tag in tags]
+        return {"tokens": list(words), "tags": places}
 
     tags = List(ClassLabel(names=list(labels.names)))
     return _read(dataset, read, {"tokens": List(Value("string")), "tags": tags}), labels

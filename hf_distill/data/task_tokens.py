@@ -135,24 +135,30 @@ def tokenize_tagged(
     check_length(tokenizer, max_length)
     check_fast(tokenizer, "the pieces of a token")
     features = {"input_ids": IDS, "labels": IDS, "_lost": Value("int32")} | segments(tokenizer)
-    settings = {"tokenizer": _spaced(tokenizer), "max_length": max_length}
+    settings = {"tokenizer": with_spaces(tokenizer), "max_length": max_length}
     found = mapped(rows, _tagged, settings, features, num_proc)
     lost = column(found, "_lost")
     line = line_of(rows, {f"without all of their tags within {max_length} tokens": lost > 0})
     return found.remove_columns("_lost"), line
 
 
-def _spaced(tokenizer: Any) -> Any:
-    """A tokenizer that puts a space before each word; the same one if it is not byte-level."""
+def with_spaces(tokenizer: Any) -> Any:
+    """A tokenizer that puts a space before the first word; the same one if it is not byte-level.
+
+    A byte-level tokenizer knows words in running text by their space. A model that was trained on
+    words must be saved with this tokenizer.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     step = state["pre_tokenizer"] or {}
     steps = [step, *step.get("pretokenizers", [])]
     levels = [one for one in steps if one.get("type") == "ByteLevel"]
-    if not levels:
+    if not levels or levels[0]["add_prefix_space"]:
         return tokenizer
     levels[0]["add_prefix_space"] = True
     spaced = copy.deepcopy(tokenizer)
     spaced.backend_tokenizer.pre_tokenizer = Tokenizer.from_str(json.dumps(state)).pre_tokenizer
+    spaced.add_prefix_space = True
+    spaced.init_kwargs["add_prefix_space"] = True  # saved, and read by the tokenizer's class
     return spaced
 
 
@@ -167,7 +173,8 @@ def _tagged(
         words = encoded.word_ids(number)
         before = [None, *words[:-1]]
         first = [w is not None and w != b for w, b in zip(words, before, strict=True)]
-        labels.append([tags[w] if here else IGNORE for w, here in zip(words, first, strict=True)])
+        given = [IGNORE if tag == -1 else tag for tag in tags]
+        labels.append([given[w] if here else IGNORE for w, here in zip(words, first, strict=True)])
         lost.append(len(tags) - sum(first))
     found = {k: v for k, v in encoded.items() if k != "attention_mask"}
     return {**found, "labels": labels, "_lost": lost}

@@ -286,7 +286,23 @@ class Answers(Measure):
             )
         rows = questions if isinstance(questions, Dataset) else Dataset.from_list(list(questions))
         self._questions, self._windows = read_questions(rows), windows
+        self._check_references()
         self._cls = tokenizer.cls_token_id
+
+    def _check_references(self) -> None:
+        """InputError unless the windows are those of all questions, and lie in their contexts."""
+        windows, contexts = self._windows, self._questions["context"]
+        of_rows = set(windows["row"] if isinstance(windows, Dataset) else _each(windows, "row"))
+        fitting = of_rows == set(range(len(contexts))) and all(
+            max(end for _, end in window["offsets"]) <= len(contexts[window["row"]])
+            for window in windows
+        )
+        if not fitting:
+            raise InputError(
+                f"the rows are windows of {len(of_rows)} questions, but the {len(contexts)} "
+                "references are not these: give the questions that the rows were made from, in "
+                "their order"
+            )
 
     def columns(self, outputs: Outputs) -> dict[str, Tensor]:
         """See `Measure.columns` and `best_spans`."""

@@ -125,7 +125,7 @@ class SequenceClassification(Task):
 
     def check_pair(self, student: Any, teacher: Any) -> None:
         """See `Task.check_pair`."""
-        check_classes(student.config, teacher.config)
+        match_classes(student.config, teacher.config)
         other = SequenceClassification.of(teacher).problem
         if other != self.problem:
             raise InputError(
@@ -179,7 +179,7 @@ class TokenClassification(Task):
 
     def check_pair(self, student: Any, teacher: Any) -> None:
         """See `Task.check_pair`."""
-        check_classes(student.config, teacher.config)
+        match_classes(student.config, teacher.config)
 
     def _wrong_label(self, label: int, outcomes: int) -> str:
         return (
@@ -188,8 +188,11 @@ class TokenClassification(Task):
         )
 
 
-def check_classes(student: Any, teacher: Any) -> None:
-    """InputError if two configs have different classes, or the same in another order."""
+def match_classes(student: Any, teacher: Any) -> None:
+    """InputError if two configs have different classes, or the same in another order.
+
+    A student whose classes have no names gets the teacher's.
+    """
     if student.num_labels != teacher.num_labels:
         raise InputError(
             f"the student has {student.num_labels} classes and the teacher {teacher.num_labels}, "
@@ -197,6 +200,8 @@ def check_classes(student: Any, teacher: Any) -> None:
             f"num_labels={teacher.num_labels}"
         )
     ours, theirs = student.id2label or {}, teacher.id2label or {}
+    if is_unnamed(ours) and not is_unnamed(theirs):
+        student.id2label, student.label2id = dict(theirs), dict(teacher.label2id)
     if is_unnamed(ours) or is_unnamed(theirs):
         return
     for number in sorted(ours):

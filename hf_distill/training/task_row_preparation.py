@@ -15,14 +15,16 @@ from hf_distill.data import (
     known_task_forms,
     mask_rows,
     tokenize_task_rows,
+    with_spaces,
 )
+from hf_distill.data.task_rows import TAGGED
 from hf_distill.errors import InputError
-from hf_distill.losses.targets import WEIGHTS
+from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.loading import local_tokenizer
 from hf_distill.models.positions import position_limit
-from hf_distill.tasks import MaskedLM, QuestionAnswering, Seq2SeqLM, Task
+from hf_distill.tasks import MaskedLM, QuestionAnswering, Seq2SeqLM, Task, TokenClassification
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.row_preparation import (
     DEFAULT_MAX_LENGTH,
@@ -33,6 +35,12 @@ from hf_distill.training.row_preparation import (
 
 # As in transformers' own examples.
 WINDOW_LENGTH, TARGET_LENGTH = 384, 128
+# The column of labels that rows to predict may lack.
+LABELS = {
+    "sequence-classification": "label",
+    "token-classification": "tags",
+    "question-answering": "answers",
+}
 
 
 class TaskRowPreparation(RowPreparation):
@@ -59,6 +67,29 @@ class TaskRowPreparation(RowPreparation):
         """See `RowPreparation`."""
         return self.known(dict.fromkeys(dataset.column_names or next(iter(dataset), {})))
 
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        tokenizer = super()._tokenizer(name)
+        if self._task.key == TokenClassification.key and tokenizer.is_fast:
+            self.tokenizer = tokenizer = with_spaces(tokenizer)  # saved with the student
+        return tokenizer
+
+    def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
+        if name == PREDICTED and isinstance(dataset, Dataset):
+            dataset = self._with_labels(dataset)
+        return super()._raw(dataset, name)
+
+    def _with_labels(self, dataset: Dataset) -> Dataset:
+        """Rows to predict, whose labels may be unknown: with a column of labels that are none."""
+        key, names = self._task.key, list(dataset.column_names)
+        column = LABELS.get(key)
+        if column is None or is_raw_for(key, names) or not is_raw_for(key, [*names, column]):
+            return dataset
+        cells: list[Any] = [None] * len(dataset)
+        if key == TokenClassification.key:
+            words = next(name for name in TAGGED["tokens"] if name in names)
+            cells = [[IGNORE] * len(row) for row in dataset.with_format(None)[words]]
+        return dataset.add_column(column, cells)
+
     def known(self, row: Mapping[str, Any]) -> bool:
         """See `RowPreparation`."""
         return is_raw_for(self._task.key, list(row))
@@ -76,6 +107,8 @@ class TaskRowPreparation(RowPreparation):
                 f"{name} is a stream of raw rows for {self._task.name}, which would be read twice: "
                 "give a Dataset, or tokenize the stream first"
             )
+        if name == PREDICTED:
+            dataset = self._with_labels(dataset)
         self._check_packing(name)
         how = self._tokens(tokenizer)
         try:

@@ -17,7 +17,7 @@ from hf_distill.models.shorter_config import find_stacks
 from hf_distill.recipes import Recipe, arguments
 from hf_distill.recipes.stages.inputs import config_of
 from hf_distill.tasks import SequenceClassification, TokenClassification
-from hf_distill.tasks.classification import check_classes, is_unnamed
+from hf_distill.tasks.classification import is_unnamed, match_classes
 from hf_distill.training.feature_settings import feature_settings, pairs_of
 
 
@@ -41,7 +41,7 @@ def given_labels(recipe: Recipe) -> GivenLabels | None:
         return GivenLabels(labels, f"student {recipe.student.model!r}", False)
     labels = _labels(recipe, theirs)
     if ours is not None and same_classes(_labels(recipe, ours), labels):
-        check_classes(ours, theirs)
+        match_classes(ours, theirs)
     return GivenLabels(labels, f"teacher {recipe.teacher.model!r}", True)
 
 

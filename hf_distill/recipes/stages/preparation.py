@@ -15,6 +15,7 @@ from hf_distill.data import (
     text_iterator,
     tokenize_rows,
     tokenize_splits,
+    with_spaces,
 )
 from hf_distill.errors import InputError
 from hf_distill.models.from_scratch import train_tokenizer
@@ -57,6 +58,8 @@ def prepare_data(run: Run, result: Path) -> None:
             [name for name in TEXTS if name in found.rows["train"].column_names]
         )
         tokenizer = _tokenizer(recipe, texts)
+        if recipe.task == "token-classification" and tokenizer.is_fast:
+            tokenizer = with_spaces(tokenizer)
         check_tokens(recipe, tokenizer)
         tokens, table, lines = tokenize_splits(
             found.rows,
