@@ -88,11 +88,11 @@ def as_index_lists(dataset: Dataset, column: str, classes: int | None = None) ->
     if dtype.startswith(("int", "uint")) and (not fits or widths == {1}):
         return dataset  # lists of indices
     if not fits:
-        number = f"{classes}" if classes else "the same number of"
+        known = f"each of {classes} classes" if classes else "each class"
         found = ", ".join(map(str, sorted(widths)))
         raise InputError(
-            f"the column {column!r} holds lists of {dtype}, which must be 0 or 1 for each of "
-            f"{number} classes, but there are lists of {found} values, or other values"
+            f"the column {column!r} holds lists of {dtype}, which must be 0 or 1 for {known}: "
+            f"there are lists of {found} numbers"
         )
     (width,) = widths
     names = ClassLabel(names=[str(index) for index in range(width)])

@@ -201,7 +201,8 @@ def match_classes(student: Any, teacher: Any) -> None:
         )
     ours, theirs = student.id2label or {}, teacher.id2label or {}
     if is_unnamed(ours) and not is_unnamed(theirs):
-        student.id2label, student.label2id = dict(theirs), dict(teacher.label2id)
+        student.id2label = dict(theirs)
+        student.label2id = {name: number for number, name in theirs.items()}
     if is_unnamed(ours) or is_unnamed(theirs):
         return
     for number in sorted(ours):

@@ -17,9 +17,8 @@ from hf_distill.data import (
     tokenize_task_rows,
     with_spaces,
 )
-from hf_distill.data.task_rows import TAGGED
 from hf_distill.errors import InputError
-from hf_distill.losses.targets import IGNORE, WEIGHTS
+from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.loading import local_tokenizer
@@ -35,12 +34,8 @@ from hf_distill.training.row_preparation import (
 
 # As in transformers' own examples.
 WINDOW_LENGTH, TARGET_LENGTH = 384, 128
-# The column of labels that rows to predict may lack.
-LABELS = {
-    "sequence-classification": "label",
-    "token-classification": "tags",
-    "question-answering": "answers",
-}
+# The column of labels that rows to predict may lack. Words need tags, which say what is predicted.
+LABELS = {"sequence-classification": "label", "question-answering": "answers"}
 
 
 class TaskRowPreparation(RowPreparation):
@@ -84,11 +79,7 @@ class TaskRowPreparation(RowPreparation):
         column = LABELS.get(key)
         if column is None or is_raw_for(key, names) or not is_raw_for(key, [*names, column]):
             return dataset
-        cells: list[Any] = [None] * len(dataset)
-        if key == TokenClassification.key:
-            words = next(name for name in TAGGED["tokens"] if name in names)
-            cells = [[IGNORE] * len(row) for row in dataset.with_format(None)[words]]
-        return dataset.add_column(column, cells)
+        return dataset.add_column(column, [None] * len(dataset))
 
     def known(self, row: Mapping[str, Any]) -> bool:
         """See `RowPreparation`."""

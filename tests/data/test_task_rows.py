@@ -123,6 +123,45 @@ def test_several_labels_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    "lists",
+    [
+        [[0, 1, 1], [1, 0, 0], [0, 0, 0]],
+        [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
+        [[False, True, True], [True, False, False], [False, False, False]],
+    ],
+)
+def test_lists_of_zeros_and_ones_for_the_classes(lists: list[list[Any]]) -> None:
+    found, labels = read_labelled(rows(text=["x", "y", "z"], labels=lists))
+    assert labels == Labels("several", ("0", "1", "2"))
+    assert found["label"] == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    named = Labels("several", ("a", "b", "c"))
+    assert (
+        read_labelled(rows(text=["x", "y", "z"], labels=lists), labels=named)[0]["label"]
+        == (found["label"])
+    )
+    if isinstance(lists[0][0], float):
+        with pytest.raises(
+            InputError,
+            match="0 or 1 for each of 2 classes: .* of 3 n",
+        ):
+            read_labelled(rows(text=["x", "y", "z"], labels=lists), names=["a", "b"])
+
+
+def test_lists_of_indices_stay_indices() -> None:
+    for lists in ([[0, 2], [1], []], [[0], [1], [0]], [[0, 1], [0, 1], [2, 1]]):
+        found, labels = read_labelled(rows(text=["x", "y", "z"], labels=lists))
+        width = len(labels.names)
+        assert found["label"] == [[float(i in row) for i in range(width)] for row in lists]
+
+
+def test_words_without_a_tag() -> None:
+    given = rows(tokens=[["x", "y", "z"]], tags=[[1, -100, 0]])
+    assert read_tagged(given)[0]["tags"] == [[1, -1, 0]]
+    with pytest.raises(InputError, match="'tokens' is text, not a list of words"):
+        read_tagged(rows(tokens=["ab"], tags=[[0, 1]]))
+
+
+@pytest.mark.parametrize(
     "names",
     [
         ("premise", "hypothesis"),

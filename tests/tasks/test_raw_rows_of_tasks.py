@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from task_models import make_model
 from task_text import CLASSES, RAW, word_pieces
 from trainer_setup import arguments
+from transformers import AutoTokenizer
 from writing_setup import tokenizer as byte_level
 from writing_setup import writer
 
@@ -179,6 +181,44 @@ def test_rows_without_a_label_are_for_the_teacher_alone(
     rows = Dataset.from_dict({"text": texts, "label": [0.5, None, 2.0]})
     found = labels(tmp_path, rows, {"num_labels": 1, "id2label": {0: "LABEL_0"}})
     assert torch.tensor(found).isnan().tolist() == [False, True, False]
+
+
+def test_labels_that_are_all_unknown(tmp_path: Path) -> None:
+    given = [{"text": "the dog", "label": None}] * 4
+    assert labels(tmp_path, Dataset.from_list(given)) == [-100] * 4
+
+
+@pytest.mark.parametrize("task", [CLASSIFY, "question-answering"])
+def test_rows_to_predict_need_no_labels(task: str, tmp_path: Path) -> None:
+    column = {CLASSIFY: "label", "question-answering": "answers"}[task]
+    trainer = make(tmp_path, task, RAW[task])
+    known = trainer.predict(Dataset.from_list(RAW[task]))  # type: ignore[arg-type]
+    rows = Dataset.from_list([{k: v for k, v in row.items() if k != column} for row in RAW[task]])
+    found = trainer.predict(rows)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(found.predictions), np.asarray(known.predictions))
+    with pytest.raises(InputError, match="eval_dataset has the columns"):
+        trainer.evaluate(rows)  # type: ignore[arg-type]
+
+
+def test_a_byte_level_tokenizer_is_saved_with_its_spaces(tmp_path: Path) -> None:
+    rows = [{"tokens": ["the", "dog"], "tags": [0, 1]}] * 2
+    trainer = DistillationTrainer(
+        make_model("Bert", TAG, 0, vocab_size=300), None, arguments(tmp_path, alpha=0.0),
+        train_dataset=Dataset.from_list(rows), processing_class=byte_level(ends=False),
+    )  # fmt: skip
+    trainer.save_model(str(tmp_path / "student"))
+    saved = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert saved("the dog")["input_ids"] == trainer.train_dataset[0]["input_ids"]
+
+
+def test_a_student_without_class_names_gets_its_teachers(tmp_path: Path) -> None:
+    names = {i: f"LABEL_{i}" for i in range(len(CLASSES))}
+    student = model(CLASSIFY, 0, id2label=names)
+    trainer = DistillationTrainer(
+        student, model(CLASSIFY, 1), arguments(tmp_path), train_dataset=RAW[CLASSIFY],
+        processing_class=word_pieces(),
+    )  # fmt: skip
+    assert trainer.model.config.id2label == dict(enumerate(CLASSES))
 
 
 def test_weights_come_along(tmp_path: Path) -> None:

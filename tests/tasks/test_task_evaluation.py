@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from distributed import launch
 from task_evaluation import KINDS, WRITE, evaluate, pair, rows
 from task_models import make_model, make_rows
@@ -19,7 +19,7 @@ from task_text import RAW, word_pieces
 from writing_setup import tokenizer as byte_level
 
 from hf_distill import InputError, evaluate_student
-from hf_distill.data import TaskCollator
+from hf_distill.data import TaskCollator, read_questions, tokenize_questions
 from hf_distill.evaluation import Bleu, ChrF, Entities, Rouge, evaluate_models
 from hf_distill.evaluation.task_metrics import QuestionAnswering
 from hf_distill.teachers import LiveTeacher
@@ -240,6 +240,18 @@ def test_a_question_always_has_an_answer_where_all_have_one() -> None:
 
 
 @torch.no_grad()
+def test_references_are_the_questions_of_the_windows() -> None:
+    given = Dataset.from_list(RAW["question-answering"])
+    questions = read_questions(given)
+    windows, _ = tokenize_questions(questions, word_pieces(), max_length=30, stride=4)
+    model = make_model("Bert", "question-answering", 0)
+    for references in (questions.select(range(2)), concatenate_datasets([questions, questions])):
+        with pytest.raises(InputError, match=r"windows of \d+ questions, but the \d+ references"):
+            evaluate_student(
+                model, None, windows, word_pieces(), references=references, speed=False
+            )
+
+
 def test_written_text_is_compared_with_the_references() -> None:
     student, teacher = pair("texts")
     given, tokenizer = rows("texts"), byte_level()
