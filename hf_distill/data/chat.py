@@ -94,6 +94,21 @@ def without_end(
     return ids[:length], labels[:length]
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends an assistant's turn, if there is one."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        whole = render(tokenizer, talk)["input_ids"]
+        unfinished = render(tokenizer, talk, continue_final_message=True)["input_ids"]
+    except (InputError, ValueError):  # a template for other conversations
+        return None
+    after = whole[len(unfinished) :]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    if whole[: len(unfinished)] != unfinished or not after or after[0] not in special:
+        return None
+    return int(after[0])
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any
 ) -> dict[str, Any]:

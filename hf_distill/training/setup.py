@@ -34,6 +34,7 @@ from hf_distill.training.features import make_features
 from hf_distill.training.loss import DistillationLoss
 from hf_distill.training.student import load_student
 from hf_distill.training.target_index import StepTargets
+from hf_distill.training.turn_end import end_at_turns
 
 
 def check_arguments(
@@ -131,6 +132,9 @@ def make_loss(trainer: Any, task_key: str | None) -> DistillationLoss:
     if teacher is not None:
         task.check_pair(base_model(trainer.model), base_model(teacher))
     trainer.accelerator.print(f"task: {task.name}")
+    ended = end_at_turns(base_model(trainer.model), trainer.processing_class, trainer.train_dataset)
+    if ended is not None:
+        trainer.accelerator.print(f"the student's texts also end at {ended!r}, the end of a turn")
     return DistillationLoss(
         student=make_runner(task, trainer, own_terms=trainer.overrides("extra_terms")),
         teacher=trainer.teacher,

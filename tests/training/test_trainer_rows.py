@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel
 from trainer_setup import arguments, make_rows, small_model
+from transformers import GenerationConfig
 
 from hf_distill import DistillationTrainer, InputError, student_from_teacher
 
@@ -144,3 +145,19 @@ def test_peft_config(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFi
 def test_refused(rows: Any, tokenized: bool, message: str, tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(InputError, match=message):
         make(tmp_path, rows, tokenizer if tokenized else None)
+
+
+def test_a_base_student_ends_its_texts_where_a_turn_ends(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = CHATML.replace("<|endoftext|>", "<pad>")
+    chats, texts = [FORMS["messages"]] * 4, [FORMS["text"]] * 4
+    assert make(tmp_path, chats, tokenizer).model.generation_config.eos_token_id == 0
+    assert make(tmp_path, texts, other).model.generation_config.eos_token_id == 0
+    assert "the end of a turn" not in capsys.readouterr().out
+    trainer = make(tmp_path, chats, other)
+    assert trainer.model.generation_config.eos_token_id == [0, 1]
+    assert "the student's texts also end at '<pad>', the end of a turn" in capsys.readouterr().out
+    trainer.save_model(str(tmp_path / "student"))
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [0, 1]
