@@ -34,8 +34,7 @@ def end_at_turns(model: PreTrainedModel, tokenizer: Any, rows: Any) -> str | Non
     if end is None or end in known or not any(end in _ids(row) for row in islice(rows, LOOKED_AT)):
         return None
     config.eos_token_id = [*known, end]
-    token: str = tokenizer.convert_ids_to_tokens(end)
-    return token
+    return str(tokenizer.convert_ids_to_tokens(end))
 
 
 def _ids(row: Any) -> Any:
