@@ -18,7 +18,7 @@ from hf_distill.data import (
     with_spaces,
 )
 from hf_distill.errors import InputError
-from hf_distill.losses.targets import WEIGHTS
+from hf_distill.losses.targets import IGNORE, WEIGHTS
 from hf_distill.models.base import base_model
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.models.loading import local_tokenizer
@@ -108,6 +108,12 @@ class TaskRowPreparation(RowPreparation):
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+        given = found["labels"] if "labels" in found.column_names else [0]
+        if name == "train_dataset" and not self.args.alpha and all(map(_is_none, given)):
+            raise InputError(
+                f"no row of {name} has a label, and with alpha=0 there is nothing else to learn: "
+                "give rows with labels, or a teacher and a larger alpha"
+            )
         return self.tokenized(found, name), f"{line}, at most {how.max_length} tokens a row"
 
     def tokenized(self, dataset: Any, name: str) -> Any:
@@ -191,3 +197,10 @@ class TaskRowPreparation(RowPreparation):
                 f"{limit}"
             )
         return wanted
+
+
+def _is_none(label: Any) -> bool:
+    """Whether a label of a row says that there is none."""
+    if isinstance(label, list):
+        return bool(label) and all(map(_is_none, label))
+    return bool(label == IGNORE or label != label)

@@ -186,6 +186,8 @@ def test_rows_without_a_label_are_for_the_teacher_alone(
 def test_labels_that_are_all_unknown(tmp_path: Path) -> None:
     given = [{"text": "the dog", "label": None}] * 4
     assert labels(tmp_path, Dataset.from_list(given)) == [-100] * 4
+    with pytest.raises(InputError, match="no row of train_dataset has a label, and with alpha=0"):
+        make(tmp_path, CLASSIFY, Dataset.from_list(given), alpha=0.0)
 
 
 @pytest.mark.parametrize("task", [CLASSIFY, "question-answering"])
