@@ -63,6 +63,26 @@ def test_data_rows_keep_their_recording_and_written_rows_ask_the_live_teacher(
         assert log[name] == pytest.approx(part, rel=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_recordings_of_the_evaluation_set_alone(size: int, tmp_path: Path) -> None:
+    """The live teacher is then asked at all rows, and the step is that without recordings."""
+    held_out = record(
+        Dataset.from_list(make_rows(4, 9)), small_model(2), tmp_path / "r", kind="full",
+        data_collator=COLLATE,
+    )  # fmt: skip
+    losses, gradients = [], []
+    for more in ({}, {"eval_dataset": held_out}):
+        _, log, gradient = one_step(
+            tmp_path, data_collator=COLLATE, on_policy=0.5, alpha=0.7,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **more,
+        )  # fmt: skip
+        losses.append(log["loss"])
+        gradients.append(gradient)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-3, atol=1e-6)
+
+
 def test_recordings_alone_cannot_judge_what_is_written(tmp_path: Path) -> None:
     rows = record(
         Dataset.from_list(make_rows(8, 0)), small_model(1), tmp_path / "r", kind="full",

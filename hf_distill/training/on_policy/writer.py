@@ -281,7 +281,8 @@ class OnPolicy:
         own_rows = torch.tensor([row.written for row in rows])
         own = own_rows[torch.div(index, made["labels"].shape[1], rounding_mode="floor")]
         asked = asked_index = None
-        if self.trainer._recorded is not None:
+        # Of the batch, since the recordings may be those of the evaluation set alone.
+        if any(row.recorded for row in rows):
             asked, asked_index = self._asked([row for row in rows if row.written] or rows[:1])
             if not own_rows.any():
                 asked_index = asked_index[:0]
