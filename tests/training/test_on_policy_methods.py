@@ -183,16 +183,17 @@ def test_two_skewed_sides(tmp_path: Path) -> None:
 # ---- A teacher that sees more ----
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_teacher_reads_its_own_prompt(share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "form"), [(1.0, None), (0.5, None), (0.5, "torch")])
+def test_the_teacher_reads_its_own_prompt(share: float, form: Any, tmp_path: Path) -> None:
     teacher, rows = small_model(1), make_rows(8, 0)
     more: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         row["labels"] = [-100, -100, *row["input_ids"][2:]]
         row["teacher_prompt_ids"] = [3 + number, 4, 5, *row["input_ids"][:2]]
         more[tuple(row["input_ids"][:2])] = row["teacher_prompt_ids"]
+    data = Dataset.from_list(rows).with_format(form)
     seen, log, gradient = one_step(
-        tmp_path, rows=rows, teacher=teacher, on_policy=share, alpha=0.7, data_collator=COLLATE,
+        tmp_path, rows=data, teacher=teacher, on_policy=share, alpha=0.7, data_collator=COLLATE,
         divergence="reverse_kl", per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     assert len({bool(row["ce_weight"]) for row in seen}) == (1 if share == 1.0 else 2)
