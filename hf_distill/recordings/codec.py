@@ -51,7 +51,7 @@ RANGE = (
 class TopK:
     """ids: (targets, k) int64, ascending; log_probs: (targets, k) float32
     log_tail: (targets,) float32, of the mass that no id of these has
-    log_label: (targets,) float32, NaN where the label is among the ids
+    log_label: (targets,) float32, NaN where the label is among the ids or beyond the vocabulary
     """
 
     ids: Ints

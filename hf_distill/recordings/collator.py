@@ -74,7 +74,7 @@ class RecordingCollator:
             if header.row != here:
                 raise InputError(_belongs_elsewhere(number, header, len(targets)))
             decoded.append((_decoded(content, header, number), targets))
-        return {**batch, **_scattered(self.expected.kind, decoded, labels)}
+        return {**batch, **_scattered(self.expected, decoded, labels)}
 
     def _verified(self, number: int, value: bytes) -> tuple[Header, bytes]:
         where = f"row {number} of a batch"
@@ -140,12 +140,13 @@ def _decoded(content: bytes, header: Header, number: int) -> Any:
         ) from damage
 
 
-def _scattered(kind: str, decoded: list[Any], labels: Tensor) -> dict[str, Tensor]:
+def _scattered(header: Header, decoded: list[Any], labels: Tensor) -> dict[str, Tensor]:
+    kind = header.kind
     rows: list[tuple[Any, tuple[Any, ...]]] = []
     for number, (content, targets) in enumerate(decoded):
         wanted = labels[number, targets].numpy()
         if kind == "top_k":
-            ids, log_probs = _with_label(content, wanted)
+            ids, log_probs = _with_label(content, wanted, header.vocabulary)
             rows.append((targets, (ids, log_probs, content.log_tail)))
         elif kind == "sampled":
             draws = np.maximum(content.counts.sum(1, keepdims=True), 1)
@@ -173,9 +174,12 @@ def _scattered(kind: str, decoded: list[Any], labels: Tensor) -> dict[str, Tenso
     return found
 
 
-def _with_label(content: codec.TopK, labels: Any) -> tuple[Any, Any]:
-    """Ids and log-probabilities, with the label as one more id where it is not among them."""
-    outside = ~np.isnan(content.log_label)
+def _with_label(content: codec.TopK, labels: Any, vocabulary: int) -> tuple[Any, Any]:
+    """Ids and log-probabilities, with the label as one more id where it is not among them.
+
+    vocabulary: how many ids the teacher has; a label beyond them is not one of its ids
+    """
+    outside = ~np.isnan(content.log_label) & (labels < vocabulary)
     label = np.where(outside, labels, -1)[:, None]
     log_label = np.nan_to_num(content.log_label)[:, None]
     ids = np.concatenate([content.ids, label], axis=1)

@@ -12,12 +12,15 @@ from hf_distill.recordings.codec import Sampled, TopK
 def top_k_(logits: Tensor, labels: Tensor, k: int) -> TopK:
     """The k likeliest ids, the label, and the mass of all others. Overwrites the logits.
 
-    logits: (n, ids), at the temperature to be recorded; labels: (n,)
+    logits: (n, ids), at the temperature to be recorded
+    labels: (n,); a label beyond the ids has no probability and is left out
     """
     values, ids = logits.topk(k)
-    column = labels[:, None].clamp(max=logits.shape[1] - 1)
+    beyond = labels[:, None] >= logits.shape[1]
+    # In a row whose label is beyond the ids, the first of the k is removed once more instead.
+    column = torch.where(beyond, ids[:, :1], labels[:, None])
     label = logits.gather(1, column)
-    inside = (ids == labels[:, None]).any(1, keepdim=True)
+    inside = (ids == column).any(1, keepdim=True)
     # The tail is summed over its own ids, since one minus the others would cancel.
     logits.scatter_(1, ids, -torch.inf).scatter_(1, column, -torch.inf)
     top = values[:, :1]

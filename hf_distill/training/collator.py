@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -64,7 +66,7 @@ class CheckingCollator:
         for name in given:
             batch[name] = _weights(name, rows, batch)
         for name in prompts:
-            batch[name] = [row.get(name) and list(row[name]) for row in rows]
+            batch[name] = [_ids(row.get(name)) for row in rows]
         index = self.check(batch)
         if self.indexed and index is not None:
             batch[TARGET_INDEX] = TargetIndex(index)
@@ -199,8 +201,9 @@ def _without(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _weights(name: str, rows: Sequence[Any], batch: Mapping[str, Any]) -> Tensor:
     """(rows,) float32; a row without the column counts 1."""
-    values = [1.0 if row.get(name) is None else row[name] for row in rows]
-    wrong = [value for value in values if not isinstance(value, int | float) or not value >= 0]
+    given = [1.0 if row.get(name) is None else row[name] for row in rows]
+    values = [_number(value) for value in given]
+    wrong = [value for value, number in zip(given, values, strict=True) if not number >= 0]
     if wrong:
         raise InputError(
             f"{name} is {wrong[0]!r} in a row, but must be a number of at least 0, one for each row"
@@ -212,3 +215,18 @@ def _weights(name: str, rows: Sequence[Any], batch: Mapping[str, Any]) -> Tensor
             "use a collator that keeps rows apart"
         )
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _number(value: Any) -> float:
+    """A number, also of numpy or torch as in a formatted data set; NaN for anything else."""
+    if isinstance(value, str) or getattr(value, "ndim", 0):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _ids(value: Any) -> list[int] | None:
+    """The ids of a cell in any format; None for an empty cell."""
+    return None if value is None else np.asarray(value).tolist()

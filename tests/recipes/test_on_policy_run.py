@@ -12,6 +12,7 @@ from run_setup import metrics, run, write_recipe
 from safetensors.torch import load_file
 
 import hf_distill
+from hf_distill.recipes.stages import stage
 
 OPTIONS = (
     "data.packing=false",
@@ -66,3 +67,30 @@ def test_the_second_training_goes_on_from_the_first(more: tuple[str, ...], tmp_p
     again = run(write_recipe(tmp_path), *OPTIONS, *more)
     assert "off_policy: unchanged, skipped" in again.output
     assert "train: unchanged, skipped" in again.output
+
+
+def test_generated_rows_survive_an_interruption_after_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the training and that of its stage."""
+    recipe, whole = write_recipe(tmp_path), stage._finish
+    options = (
+        "data.packing=false",
+        "baseline=false",
+        "teacher.train={max_steps: 2}",
+        "train={on_policy: 0.5, max_new_tokens: 6, keep_rows: true, max_steps: 4, save_steps: 2}",
+    )
+
+    def killed(run: Any, of: Any, *others: Any) -> None:
+        if of.name == "train":
+            raise KeyboardInterrupt
+        whole(run, of, *others)
+
+    monkeypatch.setattr(stage, "_finish", killed)
+    assert run(recipe, *options).exit_code == 130
+    monkeypatch.setattr(stage, "_finish", whole)
+    done = run(recipe, *options)
+    assert done.exit_code == 0, done.output
+    assert "resuming from checkpoint-4" in done.output
+    kept = hf_distill.written_rows(tmp_path / "runs" / "tiny" / "student")
+    assert set(kept["step"]) >= {1, 2, 3, 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -380,6 +381,45 @@ def test_label_outside_the_k_is_named(tmp_path: Path) -> None:
     exact = found.gather(2, ids.clamp(min=0))
     assert torch.allclose(log_probs[..., 2][outside], exact[..., 2][outside], atol=1e-2)
     assert torch.allclose(log_probs[outside][:, :2], exact[outside][:, :2], atol=2e-2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_labels_that_the_teacher_lacks_are_not_named(
+    fused: bool, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """Tokens added to the rows' tokenizer fit the padded rows of both heads, but are not shared."""
+    larger, teacher = copy.deepcopy(tiny_tokenizer), small_model(1, vocab_size=310)
+    larger.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    ids = [[5, 300, 7, 301, 299, 9], [301, 300, 8]]
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids] * 2)
+
+    def trainer(train: Any, teacher: Any = None) -> Any:
+        return DistillationTrainer(
+            small_model(0, vocab_size=310), teacher, arguments(tmp_path / "out", fused_head=fused),
+            train_dataset=train, eval_dataset=train, processing_class=larger, data_collator=COLLATE,
+        )  # fmt: skip
+
+    theirs = LiveTeacher(teacher, tiny_tokenizer)
+    live = trainer(data, theirs).evaluate()
+    for k in (300, 8):
+        told = recorded(tmp_path, data, theirs, str(k), kind="top_k", k=k, tokenizer=larger)
+        again = trainer(told)
+        found = again.evaluate()
+        assert found["eval_ce"] == pytest.approx(live["eval_ce"], rel=1e-5)
+        if k == 300:
+            expected = live["eval_forward_kl"]
+            assert found["eval_forward_kl"] == pytest.approx(expected, rel=2e-2)
+        again.train()
+        assert all(math.isfinite(entry.get("loss", 0.0)) for entry in again.state.log_history)
+
+
+def test_a_label_beyond_the_ids_leaves_the_probabilities_as_they_are() -> None:
+    logits = torch.randn(3, 20) * 3
+    best, last = logits.argmax(1), torch.full((3,), 19)
+    logits[:, 19] = -20.0
+    found, expected = (top_k_(logits.clone(), labels, 4) for labels in (last + 1, best))
+    for name in ("ids", "log_probs", "log_tail", "log_label"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 # ---- Refusals ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from on_policy_setup import make, written_rows
 from trainer_setup import small_model
 
-from hf_distill.training.on_policy.texts import Text, text_figures
+from hf_distill.training.on_policy.texts import Stopwatch, Text, TextSums, text_figures
 
 
 def test_figures_of_texts() -> None:
@@ -28,6 +29,72 @@ def test_figures_of_texts() -> None:
         }
     )
     assert text_figures([]) == {}
+
+
+def test_sums_of_steps_are_the_figures_of_all_their_texts() -> None:
+    draw = random.Random(0)
+    steps = [
+        [
+            Text(
+                step, (5,), tuple(draw.choices(range(9), k=draw.randrange(9))), draw.random() < 0.5
+            )
+            for _ in range(draw.choice([0, 3, 12]))
+        ]
+        for step in range(20)
+    ]
+    sums = TextSums()
+    assert sums.figures() == {}
+    for texts in steps:
+        assert sums.add(texts) == text_figures(texts)
+    everything = [text for texts in steps for text in texts]
+    assert sums.figures() == pytest.approx(text_figures(everything))
+    assert sums.newest == everything[-8:]
+
+
+def test_texts_are_not_kept_until_the_log(tmp_path: Path) -> None:
+    trainer = make(tmp_path, on_policy=1.0, max_steps=8, logging_steps=6, keep_rows=True)
+    trainer.train()
+    own = [
+        Text(0, (), tuple(token for token in row["labels"] if token != -100), True)
+        for row in written_rows(trainer.seen)
+    ]
+    figures = text_figures(own[: 6 * 4])
+    for name in ("written_tokens", "written_repetition", "written_distinct"):
+        assert trainer.state.log_history[0][name] == pytest.approx(figures[name])
+    assert trainer.state.log_history[0]["written_log_prob"] < 0
+    assert len(trainer._writer._texts.newest) == 8
+    assert trainer._writer._kept._texts == []  # in memory, where only `replay` needs them
+
+
+def test_the_stopwatch_keeps_only_events_that_the_device_has_not_passed(monkeypatch: Any) -> None:
+    now = 0
+
+    class Event:
+        def __init__(self, device: Any, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            nonlocal now
+            now += 1
+            self.at = now
+
+        def query(self) -> bool:
+            return self.at <= now - 4  # the device is two blocks behind
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch, "Event", Event)
+    seconds = Stopwatch(torch.device("cuda"))
+    for _ in range(50):
+        with seconds("step"):
+            pass
+        assert len(seconds._events) <= 2
+    assert seconds.pop() == {"step": 50.0}
+    assert seconds.pop() == {}
 
 
 def test_the_log_has_them_and_the_judgement_of_both_models(tmp_path: Path) -> None:

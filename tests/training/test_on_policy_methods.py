@@ -63,6 +63,26 @@ def test_data_rows_keep_their_recording_and_written_rows_ask_the_live_teacher(
         assert log[name] == pytest.approx(part, rel=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_recordings_of_the_evaluation_set_alone(size: int, tmp_path: Path) -> None:
+    """The live teacher is then asked at all rows, and the step is that without recordings."""
+    held_out = record(
+        Dataset.from_list(make_rows(4, 9)), small_model(2), tmp_path / "r", kind="full",
+        data_collator=COLLATE,
+    )  # fmt: skip
+    losses, gradients = [], []
+    for more in ({}, {"eval_dataset": held_out}):
+        _, log, gradient = one_step(
+            tmp_path, data_collator=COLLATE, on_policy=0.5, alpha=0.7,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **more,
+        )  # fmt: skip
+        losses.append(log["loss"])
+        gradients.append(gradient)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-3, atol=1e-6)
+
+
 def test_recordings_alone_cannot_judge_what_is_written(tmp_path: Path) -> None:
     rows = record(
         Dataset.from_list(make_rows(8, 0)), small_model(1), tmp_path / "r", kind="full",
@@ -163,16 +183,17 @@ def test_two_skewed_sides(tmp_path: Path) -> None:
 # ---- A teacher that sees more ----
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_teacher_reads_its_own_prompt(share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "form"), [(1.0, None), (0.5, None), (0.5, "torch")])
+def test_the_teacher_reads_its_own_prompt(share: float, form: Any, tmp_path: Path) -> None:
     teacher, rows = small_model(1), make_rows(8, 0)
     more: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         row["labels"] = [-100, -100, *row["input_ids"][2:]]
         row["teacher_prompt_ids"] = [3 + number, 4, 5, *row["input_ids"][:2]]
         more[tuple(row["input_ids"][:2])] = row["teacher_prompt_ids"]
+    data = Dataset.from_list(rows).with_format(form)
     seen, log, gradient = one_step(
-        tmp_path, rows=rows, teacher=teacher, on_policy=share, alpha=0.7, data_collator=COLLATE,
+        tmp_path, rows=data, teacher=teacher, on_policy=share, alpha=0.7, data_collator=COLLATE,
         divergence="reverse_kl", per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     assert len({bool(row["ce_weight"]) for row in seen}) == (1 if share == 1.0 else 2)

@@ -131,7 +131,14 @@ def test_rows_without_labels_to_learn(tmp_path: Path) -> None:
     assert found["eval_forward_kl"] != pytest.approx(rest["eval_forward_kl"], rel=1e-3)
 
 
-@pytest.mark.parametrize("weight", [-1.0, "much", [1.0, 2.0]])
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_formatted_data_sets(form: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list(weighted_rows(ce_weight=CE, divergence_weight=DIVERGENCE))
+    found, plain = (trainer(tmp_path, data).evaluate() for data in (rows.with_format(form), rows))
+    assert found["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [-1.0, "much", "1.0", [1.0, 2.0]])
 def test_refused(weight: Any, tmp_path: Path) -> None:
     rows = [{**row, "ce_weight": weight} for row in make_rows(8, seed=5)]
     with pytest.raises(InputError, match=r"ce_weight is .* must be a number of at least 0"):

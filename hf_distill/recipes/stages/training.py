@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +161,8 @@ def _train(
         facts["divergence"] = [getattr(args, name) for name in DIVERGENCE]
         (result / "training_results.json").write_text(json.dumps(facts))
         if args.keep_rows and (checkpoints / WRITTEN_ROWS).exists():
-            (checkpoints / WRITTEN_ROWS).replace(result / WRITTEN_ROWS)
+            # Not moved: after an interruption here the training resumes with its earlier rows.
+            shutil.copyfile(checkpoints / WRITTEN_ROWS, result / WRITTEN_ROWS)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer

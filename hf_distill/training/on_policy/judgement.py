@@ -14,23 +14,21 @@ from hf_distill.training.loss import step_counts
 from hf_distill.training.on_policy.rows import Row, batch_of
 from hf_distill.training.on_policy.texts import Text
 
-ROWS = 8  # the newest texts, so that a log costs one small forward of both models
-
 
 @torch.no_grad()
 def judgement(trainer: Any, texts: Sequence[Text], pad_token_id: int) -> dict[str, float]:
-    """Figures of the newest texts, by their names in the log; means over their tokens.
+    """Figures of some texts, by their names in the log; means over their tokens.
 
     written_log_prob, written_teacher_log_prob: log-probability of a token under student and
         teacher, in nats
     written_agreement: share of positions where both have the same most likely token
-    texts: of all processes, so that each computes the same figures, and all run a sharded teacher
-        together
+    texts: the newest of all processes, so that each computes the same figures, and all run a
+        sharded teacher together
     """
     encoder_decoder = isinstance(trainer._loss.task, Seq2SeqLM)
     rows = [
         Row(list(text.prompt), [], list(text.prompt), completion=list(text.completion))
-        for text in texts[-ROWS:]
+        for text in texts
     ]
     batch = batch_of(rows, pad_token_id, encoder_decoder=encoder_decoder)
     batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}

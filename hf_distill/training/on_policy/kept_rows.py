@@ -74,8 +74,11 @@ class KeptTexts:
         self._encoder_decoder = encoder_decoder
         self._texts: list[Text] = []
 
-    def resume(self, step: int, accelerator: Accelerator) -> None:
-        """Resume after `step` optimizer steps; deletes later texts, also on disk."""
+    def resume(self, step: int, accelerator: Accelerator, *, repeated: bool) -> None:
+        """Resume after `step` optimizer steps; deletes later texts, also on disk.
+
+        repeated: keep the texts in memory, for `earlier`
+        """
         kept: list[Any] = [[]]
         if accelerator.is_main_process:
             lines = [line for line in _lines(self.path) if line["step"] <= step]
@@ -83,8 +86,8 @@ class KeptTexts:
             unfinished = self.path.with_suffix(".part")
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
             unfinished.replace(self.path)
-            kept = [[_text(line) for line in lines[-MOST_REPEATED:]]]
-        if accelerator.num_processes > 1:
+            kept = [[_text(line) for line in lines[-MOST_REPEATED:]] if repeated else []]
+        if repeated and accelerator.num_processes > 1:
             kept = broadcast_object_list(kept)
         self._texts = kept[0]
 
@@ -96,13 +99,15 @@ class KeptTexts:
         found = [text for text in self._texts if text.step < step]
         return found[int(number * len(found))] if found else None
 
-    def add(self, texts: Iterable[Text], tokenizer: Any, *, main: bool) -> None:
+    def add(self, texts: Iterable[Text], tokenizer: Any, *, main: bool, repeated: bool) -> None:
         """Add the texts of a step; a prompt that occurs twice in it has one text.
 
         tokenizer: to keep them as text too, None for ids only; main: whether to write the file
+        repeated: keep them in memory, for `earlier`
         """
         new = sorted(set(texts))
-        self._texts = (self._texts + new)[-MOST_REPEATED:]
+        if repeated:
+            self._texts = (self._texts + new)[-MOST_REPEATED:]
         if main and new:
             with self.path.open("a") as file:
                 file.write("".join(json.dumps(self._line(t, tokenizer)) + "\n" for t in new))

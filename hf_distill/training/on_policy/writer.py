@@ -30,7 +30,7 @@ from hf_distill.training.on_policy.judgement import judgement
 from hf_distill.training.on_policy.kept_rows import KeptTexts, decoded
 from hf_distill.training.on_policy.rows import Row, batch_of, read_rows
 from hf_distill.training.on_policy.share import share_now
-from hf_distill.training.on_policy.texts import Stopwatch, Text, Troubles, text_figures
+from hf_distill.training.on_policy.texts import Stopwatch, Text, TextSums, Troubles
 from hf_distill.training.on_policy.written import (
     DATA_TARGETS,
     OWN_TARGETS,
@@ -53,7 +53,7 @@ class OnPolicy:
         self.trainer = trainer
         self.seconds = Stopwatch(trainer.args.device)
         self._state: Any = None  # of the training that the following belongs to
-        self._texts: list[Text] = []  # since the last log, of all processes
+        self._texts = TextSums()  # since the last log, of all processes
         self._troubles = Troubles()
         self._kept: KeptTexts | None = None
         self._made: Backend | None = None
@@ -71,7 +71,7 @@ class OnPolicy:
         self._teacher_prompts = TEACHER_PROMPT_IDS in batches[0]
         check(self.trainer, batches[0])
         if self.trainer.state is not self._state:  # another training, or a resumed one
-            self._state, self._texts = self.trainer.state, []
+            self._state, self._texts = self.trainer.state, TextSums()
             self._troubles, self._kept = Troubles(), None
         rows = [
             read_rows(batch, encoder_decoder=self.encoder_decoder, prompt_tokens=args.prompt_tokens)
@@ -111,29 +111,28 @@ class OnPolicy:
 
         The seconds are those of this process.
         """
-        texts, self._texts = self._texts, []
-        found = text_figures(texts)
+        texts, self._texts = self._texts, TextSums()
+        found = texts.figures()
         seconds = self.seconds.pop()
         if not found:
             return {}
         judging = seconds.get("judging", 0.0)
-        self._sample(texts)
+        self._sample(texts.newest[-1])
         if not self._teacher_prompts:  # the texts do not contain the teacher's prompts
-            found |= judgement(self.trainer, texts, self.pad_token_id)
+            found |= judgement(self.trainer, texts.newest, self.pad_token_id)
         return found | {
             "writing_seconds": seconds.get("writing", 0.0),
             "judging_seconds": judging,
             "learning_seconds": seconds.get("step", 0.0) - judging,
         }
 
-    def _sample(self, texts: list[Text]) -> None:
+    def _sample(self, text: Text) -> None:
         """Put a text into the trainer's log history, every `sample_steps` steps."""
         every, state = self.trainer.args.sample_steps, self.trainer.state
         sampled = [entry["step"] for entry in state.log_history if "written_text" in entry]
         tokenizer = self.trainer.processing_class
         if not every or state.global_step // every == max(sampled, default=0) // every:
             return
-        text = texts[-1]
         state.log_history.append(
             {
                 "step": state.global_step,
@@ -230,7 +229,8 @@ class OnPolicy:
         if self._kept is None and (args.keep_rows or args.replay):
             folder, kind = str(args.output_dir), self.encoder_decoder
             self._kept = KeptTexts(folder, encoder_decoder=kind)
-            self._kept.resume(self.trainer.state.global_step, self.trainer.accelerator)
+            step, accelerator = self.trainer.state.global_step, self.trainer.accelerator
+            self._kept.resume(step, accelerator, repeated=bool(args.replay))
         return self._kept
 
     def _repeat(self, row: Row, kept: KeptTexts | None) -> bool:
@@ -245,11 +245,11 @@ class OnPolicy:
 
     def _note(self, texts: list[Text], kept: KeptTexts | None) -> None:
         """Note the new texts of a step, of all processes."""
-        self._texts += texts
-        trainer = self.trainer
+        figures, trainer = self._texts.add(texts), self.trainer
         if kept is not None:
-            kept.add(texts, trainer.processing_class, main=trainer.is_world_process_zero())
-        for message in self._troubles.found(texts, trainer.args.max_new_tokens):
+            main, repeated = trainer.is_world_process_zero(), bool(trainer.args.replay)
+            kept.add(texts, trainer.processing_class, main=main, repeated=repeated)
+        for message in self._troubles.found(figures, trainer.args.max_new_tokens):
             warn_once(message)
 
     # ---- Batches ----
@@ -281,7 +281,8 @@ class OnPolicy:
         own_rows = torch.tensor([row.written for row in rows])
         own = own_rows[torch.div(index, made["labels"].shape[1], rounding_mode="floor")]
         asked = asked_index = None
-        if self.trainer._recorded is not None:
+        # Of the batch, since the recordings may be those of the evaluation set alone.
+        if any(row.recorded for row in rows):
             asked, asked_index = self._asked([row for row in rows if row.written] or rows[:1])
             if not own_rows.any():
                 asked_index = asked_index[:0]
