@@ -219,7 +219,7 @@ def _weights(name: str, rows: Sequence[Any], batch: Mapping[str, Any]) -> Tensor
 
 def _number(value: Any) -> float:
     """A number, also of numpy or torch as in a formatted data set; NaN for anything else."""
-    if isinstance(value, str) or getattr(value, "ndim", 0):
+    if isinstance(value, str) or getattr(value, "ndim", 0) > 0:
         return math.nan
     try:
         return float(value)
