@@ -121,7 +121,7 @@ def text_bytes(
 
     labels: (rows, positions) int64, `IGNORE` where nothing is predicted
     inputs: of a causal model, the token at each position. SentencePiece's decoders remove the space
-        of a first word, so that targets are decoded after the token before them
+        of a first word, which shows where targets are decoded after the token before them
     returns: (rows,) int64
     """
     mask = labels != IGNORE
@@ -130,10 +130,14 @@ def text_bytes(
     if inputs is not None:
         firsts = inputs.gather(1, mask.int().argmax(1)[:, None]).tolist()
         before = [first if row else [] for first, row in zip(firsts, ids, strict=True)]
+    joint = [[*a, *b] for a, b in zip(before, ids, strict=True)]
     # Without the "clean-up", which would remove spaces that are in the text.
-    texts, starts = (
+    decoded = (
         tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for rows in ([[*a, *b] for a, b in zip(before, ids, strict=True)], before)
+        for rows in (before, ids, joint)
     )
-    sizes = [len(a.encode()) - len(b.encode()) for a, b in zip(texts, starts, strict=True)]
+    sizes = [
+        len(alone.encode()) + (whole == f"{start} {alone}")
+        for start, alone, whole in zip(*decoded, strict=True)
+    ]
     return torch.tensor(sizes, device=labels.device)

@@ -136,7 +136,7 @@ class AnnotationWriter:
             return alone
         # SentencePiece's decoders remove the space of a first word.
         read, whole = decode(prompt), decode([*prompt, *ids])
-        return whole[len(read) :] if whole.startswith(read) else alone
+        return f" {alone}" if whole == f"{read} {alone}" else alone
 
     def _with_target(self, row: dict[str, Any], text: str) -> dict[str, Any]:
         if self.keep_targets:

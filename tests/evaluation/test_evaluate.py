@@ -47,6 +47,8 @@ def oracle(student: Any, teacher: Any, shared: int) -> dict[str, float]:
         q, p = (model(ids[None]).logits[0].softmax(-1) for model in (student, teacher))
         spelt = [label for label in labels[1:] if label != -100]
         text += len(" ".join(WORDS[label] for label in spelt))
+        first = next(place for place, label in enumerate(labels[1:]) if label != -100)
+        text += row["input_ids"][first] > 1  # the space after a word, not after a special token
         for place, label in enumerate(labels[1:]):
             if label == -100:
                 continue
