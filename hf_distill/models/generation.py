@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.generation import (
 
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import IGNORE, shifted_labels, sum_by_row, targets_of
+from hf_distill.models.base import base_model
 from hf_distill.models.mixture import Mixture
 from hf_distill.models.positions import position_limit
 from hf_distill.models.runner import ModelRunner
@@ -37,6 +38,10 @@ PLAIN: Mapping[str, Any] = {
     "min_p": None,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "forced_eos_token_id": None,
+    "begin_suppress_tokens": None,
 }
 
 # Settings of `generate` that have no meaning here, with the reason.
@@ -145,7 +150,7 @@ class Generator:
         config, processors = self.config, LogitsProcessorList()
         if self.draws:
             config, processors = self._drawing([seed for of_row in seeds for seed in of_row], mask)
-        with self.autocast():
+        with self.autocast(), _only(base_model(self.model), config):
             found = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -281,6 +286,16 @@ def _restrictions(config: GenerationConfig) -> list[LogitsProcessor]:
     return found
 
 
+@contextmanager
+def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """A context in which `generate` takes no setting that is None from the model's own config."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _unfit(error: ValueError) -> str:
     return f"the settings for generate do not fit: {' '.join(str(error).split())}"
 
@@ -303,7 +318,7 @@ def _config(model: PreTrainedModel, settings: Mapping[str, Any], n: int) -> Gene
     if not model.config.is_encoder_decoder:
         # They count the padded prompt, so a text would depend on the other rows of the batch.
         for name in ("max_length", "min_length"):
-            if settings.get(name) is not None:
+            if settings.get(name):
                 new = name.replace("length", "new_tokens")
                 raise InputError(f"{name!r} counts the tokens of the prompt too: give {new!r}")
         config.max_length = None

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.data import (
     TEACHER_PROMPT,
+    TEACHER_PROMPT_IDS,
     Collator,
     collator,
     find_form,
@@ -60,6 +61,8 @@ class RowPreparation:
                 f"{name} is a {type(dataset).__name__} with the splits {splits}: give one of them, "
                 f"as dataset[{next(iter(dataset), 'train')!r}]"
             )
+        if name == "train_dataset" and not (self.args.on_policy or self.args.on_policy_raise):
+            self._refuse_teacher_prompts(dataset)
         if isinstance(dataset, Mapping):
             return {key: self(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
         if isinstance(dataset, list | tuple):
@@ -74,6 +77,17 @@ class RowPreparation:
             rows, line = self.tokenize(dataset, name, tokenizer)
         self.lines.append(f"{name}: {line}")
         return rows
+
+    def _refuse_teacher_prompts(self, dataset: Any) -> None:
+        names: Any = getattr(dataset, "column_names", None) or ()
+        if isinstance(dataset, list | tuple) and dataset and isinstance(dataset[0], Mapping):
+            names = dataset[0]
+        for column in (TEACHER_PROMPT, TEACHER_PROMPT_IDS):
+            if column in names:
+                raise InputError(
+                    f"train_dataset has {column!r}, which the teacher reads before text that the "
+                    "student generates, but on_policy is 0: set on_policy, or remove the column"
+                )
 
     def is_raw(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether rows are of a known raw form, and not tokenized yet."""

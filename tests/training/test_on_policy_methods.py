@@ -16,12 +16,13 @@ from on_policy_setup import Watching, by_hand, check_step, make, one_step
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from trainer_setup import make_rows, small_model
+from writing_setup import END, writer
 
 from hf_distill import InputError, record
 from hf_distill.data import Collator
 from hf_distill.losses.policy_gradient import drawn_labels
 from hf_distill.losses.signals import Logits
-from hf_distill.models.generation import Generator
+from hf_distill.models.generation import PLAIN, Generator
 from hf_distill.models.mixture import Mixture
 from hf_distill.teachers import AdapterTeacher
 
@@ -119,25 +120,34 @@ def drawn_token(q: Tensor, p: Tensor, label: int) -> Tensor:
     return -advantage * q[label].log()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_drawn_tokens_have_the_gradient_of_the_reverse_kl_on_average() -> None:
+    """Over all tokens, each weighted by its probability; at another temperature they have not."""
+    generator = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(9, generator=generator, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    q, p = z.softmax(-1), t.softmax(-1)
+    (exact,) = torch.autograd.grad((q * (q.log() - p.log())).sum(), z, retain_graph=True)
+    weighted = [q[i].detach() * drawn_token(q, p, i) for i in range(9)]
+    (mean,) = torch.autograd.grad(torch.stack(weighted).sum(), z)
+    assert (mean - exact).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("fused", [True, False])
-def test_drawn_tokens_with_their_advantage(temperature: float, fused: bool, tmp_path: Path) -> None:
+def test_drawn_tokens_with_their_advantage(fused: bool, tmp_path: Path) -> None:
     teacher = small_model(1, layers=2)
     seen, log, gradient = one_step(
         tmp_path, alpha=1.0, teacher=teacher, on_policy=1.0, on_policy_divergence="drawn_token",
-        temperature=temperature, fused_head=fused,
+        fused_head=fused,
     )  # fmt: skip
-    expected = by_hand(
-        small_model(0), seen, lambda _: (teacher, drawn_token), temperature=temperature
-    )
+    expected = by_hand(small_model(0), seen, lambda _: (teacher, drawn_token))
 
     def estimate(q: Tensor, p: Tensor, label: int) -> Tensor:
         return q[label].log() - p[label].log()
 
     value, _ = by_hand(small_model(0), seen, lambda _: (teacher, estimate))
-    if temperature == 1.0:  # what is logged is the estimate of the reverse KL
-        assert log["written_drawn_token"] == pytest.approx(value, rel=1e-3)
-        assert log["loss"] == pytest.approx(value, rel=1e-3)
+    # What is logged is the estimate of the reverse KL.
+    assert log["written_drawn_token"] == pytest.approx(value, rel=1e-3)
+    assert log["loss"] == pytest.approx(value, rel=1e-3)
     _, by_name = expected
     for name, wanted in by_name.items():
         assert (gradient[name] - wanted).abs().max() < 1e-4
@@ -325,6 +335,7 @@ def test_what_draws_of_a_restricted_distribution_would_falsify_is_refused(tmp_pa
         ({"teacher_mix": 0.2, "top_p": 0.9}, "top_p is 0.9, but must be 1 with teacher_mix"),
         ({"on_policy_divergence": "drawn_token", "replay": 0.5}, "replay is 0.5, but must be 0"),
         ({"on_policy_divergence": "sequence_reverse_kl", "temperature": 2.0}, "must be 1 with"),
+        ({"on_policy_divergence": "drawn_token", "temperature": 2.0}, "must be 1 with"),
     ):
         with pytest.raises(InputError, match=message):
             make(tmp_path, on_policy=1.0, **options)
@@ -339,3 +350,26 @@ def test_a_student_without_its_adapter_can_have_a_share_in_what_it_writes(tmp_pa
     options: dict[str, Any] = {"on_policy": 1.0, "max_steps": 1, "teacher_mix": 0.5}
     make(tmp_path, model=model, teacher=AdapterTeacher(model), **options).train()
     assert model.active_adapters == ["default"]
+
+
+def test_an_encoder_decoders_own_settings_do_not_change_its_text() -> None:
+    """BART's default ends a text at the limit; its last token would be no draw."""
+    model = writer("bart")
+    model.final_logits_bias[0, END] = -50.0
+    own = model.generation_config
+    own.forced_eos_token_id, own.min_length = END, 9
+    made = Generator(model, {**PLAIN, "max_new_tokens": 5}, pad_token_id=1)
+    ((text,),) = made.write([[5, 6, 7]], [[1]])
+    assert len(text.ids) == 5
+    assert END not in text.ids
+    assert not text.finished
+    assert model.generation_config is own
+    model.final_logits_bias[0, END] = 50.0
+    ((text,),) = made.write([[5, 6, 7]], [[1]])
+    assert text.ids == [END], "no least length"
+
+
+def test_a_teachers_prompt_without_text_of_the_student_is_refused(tmp_path: Path) -> None:
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "teacher_prompt_ids": [6, 7]}] * 4
+    with pytest.raises(InputError, match="train_dataset has 'teacher_prompt_ids', .* on_policy is"):
+        make(tmp_path, rows=rows)

@@ -160,9 +160,7 @@ class OnPolicyArguments(TrainingArguments):
             cause = "with teacher_mix"
         else:
             return {}
-        needed = {"sampling_temperature": 1, "top_p": 1, "top_k": 0, "replay": 0}
-        if self.teacher_mix or self.on_policy_divergence == SEQUENCE:
-            needed["temperature"] = 1
+        needed = {"sampling_temperature": 1, "top_p": 1, "top_k": 0, "replay": 0, "temperature": 1}
         return {
             name: (getattr(self, name) == value, f"{value} {cause}")
             for name, value in needed.items()
