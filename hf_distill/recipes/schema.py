@@ -253,6 +253,36 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _on_policy_can_run(self) -> Recipe:
+        """The checks of the trainer that would come after hours of earlier stages."""
+        for name in ("off_policy", "train"):
+            section = getattr(self, name)
+            how = {} if section is None else arguments(section)
+            if not (how.get("on_policy") or how.get("on_policy_raise")):
+                continue
+            if self.task not in ANNOTATED:
+                raise ValueError(
+                    f"has {name}.on_policy for the task {self.task}, whose students generate no "
+                    "text: leave it out"
+                )
+            if self.task == "causal-lm" and self.data.packing:
+                raise ValueError(
+                    f"has {name}.on_policy, which needs one document a row: set data.packing to "
+                    "false"
+                )
+            if how["on_policy_raise"] and how["eval_strategy"] == "no":
+                raise ValueError(
+                    f"has {name}.on_policy_raise, which follows the loss of evaluations: set "
+                    f"{name}.eval_strategy to steps or epoch"
+                )
+            if how["teacher_mix"] and how["writing_backend"] == "vllm":
+                raise ValueError(
+                    f"has {name}.teacher_mix, which vLLM cannot sample from: set "
+                    f"{name}.writing_backend to generate"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_has_a_source(self) -> Recipe:
         models = (self.tokenizer.model, self.student.model, self.teacher.model)
         if self.tokenizer.vocab_size is None and not any(models):

@@ -180,6 +180,8 @@ WRONG = {
     "teacher={config: {model_type: gpt2}}": "neither a model nor a tokenizer",
     "train.seed=1": "key 'train.seed' cannot be set in a recipe: the recipe's own 'seed' sets it",
     "train.deepspeed=x.json": "use `accelerate launch --config_file`",
+    "train.on_policy=0.5": "train.on_policy, which needs one document a row: set data.packing to",
+    "train={on_policy: 0.5}": "has train.on_policy, which needs one document a row",
     "alpha": "--set 'alpha' is not of the form key=value",
     "train.alpha=[": "--set train.alpha: line 1: not valid YAML",
 }
