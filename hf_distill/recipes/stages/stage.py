@@ -77,9 +77,7 @@ class Stage:
             run.log(f"{self.name}: made from the same inputs in {other.name}, shared")
             return
         run.log(f"{self.name}: {self.doing}")
-        engine = f"{run.state.distributed_type.value} x {run.state.num_processes}"
-        inputs = {"fingerprint": fingerprint, "engine": engine}
-        run.from_main(lambda: _begin(work, inputs, self.keeps))
+        run.from_main(lambda: _begin(work, self.inputs(run.state, fingerprint), self.keeps))
         if self.everywhere:
             self.make(run, work / "result")
             run.state.wait_for_everyone()
@@ -88,6 +86,15 @@ class Stage:
         give_back_memory()
         run.from_main(lambda: _finish(run, self, fingerprint, time.perf_counter() - start))
         run.log(f"{self.name}: done in {time.perf_counter() - start:.0f} s")
+
+    def inputs(self, state: PartialState, fingerprint: str) -> dict[str, str]:
+        """All that an unfinished result depends on.
+
+        Another number of processes draws other batches, and engines cannot read each other's
+        checkpoints. Files that a stage keeps (`keeps`) depend on neither.
+        """
+        engine = f"{state.distributed_type.value} x {state.num_processes}"
+        return {"fingerprint": fingerprint} | ({} if self.keeps else {"engine": engine})
 
 
 class Run:
@@ -195,11 +202,7 @@ def remove(path: Path) -> None:
 
 
 def _begin(work: Path, inputs: dict[str, str], keeps: tuple[str, ...]) -> None:
-    """Make an empty working folder, or keep that of an interrupted run with the same inputs.
-
-    Another number of processes draws other batches, and engines cannot read each other's
-    checkpoints. Both begin anew.
-    """
+    """Make an empty working folder, or keep that of an interrupted run with the same inputs."""
     if read_json(work / "begun.json") != inputs:
         remove(work)
         work.mkdir(parents=True)

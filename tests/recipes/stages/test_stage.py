@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DistributedType
 
 from hf_distill.errors import InputError
 from hf_distill.recipes import Recipe, parse_recipe
+from hf_distill.recipes.stages import order
 from hf_distill.recipes.stages import stage as engine
 from hf_distill.recipes.stages.stage import Run, Stage
 
@@ -245,3 +248,13 @@ def test_what_the_main_process_finds_goes_to_all(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         run.from_main(lambda: (_ for _ in ()).throw(error))
     assert raised.value is error  # with its traceback, for --debug
+
+
+def test_kept_files_do_not_depend_on_the_processes() -> None:
+    one, four = (
+        SimpleNamespace(distributed_type=DistributedType.NO, num_processes=number)
+        for number in (1, 4)
+    )
+    assert order.record.inputs(one, "a") == order.record.inputs(four, "a")
+    assert order.annotate.inputs(one, "a") != order.annotate.inputs(one, "b")
+    assert order.train.inputs(one, "a") != order.train.inputs(four, "a")
