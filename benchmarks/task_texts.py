@@ -103,7 +103,7 @@ PLANS = {
         vocab_size=4000,
         config=transformer(192, (3, 2), 320),
         layers={"encoder": [0], "decoder": [0]},
-        teacher_epochs=4,
+        teacher_epochs=16,
         epochs=3,
         batch_size=16,
     ),

@@ -253,6 +253,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _recording_has_one_temperature(self) -> Recipe:
+        if self.record is None or self.record.kind == "full" or self.off_policy is None:
+            return self
+        first, second = (arguments(s)["temperature"] for s in (self.off_policy, self.train))
+        if first != second:
+            raise ValueError(
+                f"has off_policy.temperature {first} and train.temperature {second}, but a "
+                f"recording of the kind {self.record.kind} has one: make them equal, or set "
+                "record.kind to full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _on_policy_can_run(self) -> Recipe:
         """The checks of the trainer that would come after hours of earlier stages."""
         for name in ("off_policy", "train"):

@@ -192,6 +192,13 @@ def test_wrong_values_name_key_and_value(path: Path, override: str) -> None:
     assert WRONG[override] in message(path, override)
 
 
+def test_one_temperature_for_a_sparse_recording(path: Path) -> None:
+    sections = ("record={kind: top_k}", "off_policy={max_steps: 2, temperature: 2.0}")
+    expected = "has off_policy.temperature 2.0 and train.temperature 1.0, but a recording of the"
+    assert expected in message(path, *sections)
+    load_recipe(path, [sections[0].replace("top_k", "full"), sections[1]])
+
+
 FILES = {
     "": "a recipe is a mapping of keys to values, but this is empty",
     "- a\n": "but this is a list",
