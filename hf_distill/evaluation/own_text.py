@@ -208,7 +208,7 @@ class _Writer:
             drawn = {"do_sample": True, "temperature": sampling_temperature, "top_k": 0}
             self._settings |= drawn
         runners = {"model": pair.student, "teacher": getattr(pair.teacher, "runner", None)}
-        limits = {role: getattr(one, "position_limit", None) for role, one in runners.items()}
+        limits = {role: getattr(one, "longest_text", None) for role, one in runners.items()}
         self._limits = {role: limit for role, limit in limits.items() if limit is not None}
         ends = self._generator(max_new_tokens).config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])

@@ -64,6 +64,8 @@ class ModelRunner:
         self.embedding_rows = embedding_rows(plain)
         self._read, self._withheld = read, frozenset(withheld)
         self.position_limit = position_limit(plain)
+        # Rotary positions go on beyond those that the config states, but text should not.
+        self.longest_text = self.position_limit or max_positions(plain.config)
         parameters = inspect.signature(plain.forward).parameters
         # A forward of `**kwargs` alone names nothing to filter by.
         self._accepted = None if strict or "input_ids" not in parameters else set(parameters)

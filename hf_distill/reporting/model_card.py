@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class CardFacts:
 
     model_name: the title; teacher, initial_from: Hub ids, local paths or a few words
     dataset: one or several Hub ids or local paths
+    evaluated_on: the same for each set of held-out rows by name, "" where there is one; {} where
+        they were held out from `dataset`
     objective: alpha, temperature, divergence and its parameters, by name
     metrics: {"student": {"perplexity": ...}, "teacher": {...}, ...} as in ``metrics.json``, and
         where there are several sets of held-out rows, the same under `sets` by name
@@ -79,6 +81,7 @@ class CardFacts:
     teacher: str | None = None
     initial_from: str | None = None
     dataset: str | Sequence[str] | None = None
+    evaluated_on: Mapping[str, Sequence[str]] = field(default_factory=dict)
     objective: Mapping[str, Any] = field(default_factory=dict)
     metrics: Metrics | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -123,13 +126,17 @@ def render_card(facts: CardFacts) -> str:
         examples=[{key: _shortened(text) for key, text in row.items()} for row in facts.examples],
         teacher=_mention(facts.teacher),
         initial_from=_mention(facts.initial_from),
-        datasets=[_mention(dataset) for dataset in datasets],
+        datasets=_mentions(datasets),
         objective=_readable(facts.objective),
         training=_readable(facts.training),
         versions=_readable(facts.versions),
         models=models,
         unequal=facts.unequal,
-        tables=[(name, table, figures_of(table)) for name, table in tables.items() if table],
+        tables=[
+            (name, table, figures_of(table), _mentions(facts.evaluated_on.get(name)))
+            for name, table in tables.items()
+            if table
+        ],
         nearer=nearer_sentence(sets),
         benchmarks=[
             {**row, **{name: _one_line(row[name]) for name in ("task", "metric")}}
@@ -205,6 +212,10 @@ def _mention(text: str | None) -> str | None:
     return name if " " in name else f"`{name}`"
 
 
+def _mentions(places: Iterable[str] | None) -> list[str | None]:
+    return [_mention(place) for place in places or ()]
+
+
 def _readable(values: Mapping[str, Any]) -> dict[str, str]:
     """Names and values as text for a list; absent ones left out, paths cut, lines joined."""
     shown = {key: value for key, value in values.items() if value not in (None, "", [], {})}
@@ -259,15 +270,17 @@ def _metadata(facts: CardFacts, name: str, models: Metrics) -> ModelCardData:
 
 def _eval_results(facts: CardFacts, models: Metrics) -> list[EvalResult]:
     """The student's own measured figures, in the form that the Hub shows beside the card."""
-    datasets = _as_list(facts.dataset)
-    if not datasets or "student" not in models:
+    # The main figures are those of the first set.
+    set_name, places = next(iter(facts.evaluated_on.items()), ("", _as_list(facts.dataset)))
+    if not places or "student" not in models:
         return []
-    names = [_one_line(public_name(dataset)) for dataset in datasets]
+    names = [_one_line(public_name(place)) for place in places]
+    said = ", ".join(names) if facts.evaluated_on else f"held-out rows of {', '.join(names)}"
     return [
         EvalResult(
             task_type=ON_THE_HUB[facts.task][0],
             dataset_type=names[0],
-            dataset_name=f"held-out rows of {', '.join(names)}",
+            dataset_name=f"{_one_line(set_name)} ({said})" if set_name else said,
             metric_type=key,
             metric_name=BY_KEY[key].label,
             metric_value=value,

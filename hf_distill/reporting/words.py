@@ -88,9 +88,13 @@ def names(recipe: Mapping[str, Any]) -> tuple[str, str]:
     elif isinstance(layers, list):
         student_name = f"a student made of its {_layers(layers)}"
     elif layers is not None:
-        student_name = f"a student made of {LAYERS.get(layers, f'its layers, {layers}')}"
+        student_name = f"a student made of {_rule(layers, student.get('num_layers'))}"
+    elif _widths(student):
+        student_name = "a student"
     else:
         student_name = _model_name(student, "student")
+    if widths := _widths(student):
+        student_name += f" with {widths}"
     return teacher_name, student_name + (" with LoRA adapters" if student.get("lora") else "")
 
 
@@ -112,6 +116,12 @@ def unequal(recipe: Mapping[str, Any]) -> list[str]:
             "The student was also trained on rows without labels, by the divergence alone; the "
             "baseline has no teacher and did not use them."
         )
+    train = _section(recipe, "train")
+    if train.get("on_policy") or train.get("on_policy_raise"):
+        found.append(
+            "In a share of its rows the student generated the text itself and learnt the teacher's "
+            "distributions on it; the baseline was trained on data rows only."
+        )
     if _section(recipe, "off_policy"):
         found.append(
             "Before these steps the student was distilled on the data rows (off_policy); the "
@@ -125,6 +135,26 @@ LAYERS = {
     "first_and_last": "its first and last layers",
     "influence": "its most influential layers",
 }
+
+
+WIDTHS = {"ffn": "neurons in each layer", "heads": "attention heads", "hidden": "hidden units"}
+
+
+def _rule(rule: str, number: Any) -> str:
+    """The layers that a rule keeps."""
+    if rule == "influence" and number:
+        return f"its {number} most influential layers"
+    return LAYERS.get(rule, f"its layers, {rule}")
+
+
+def _widths(student: Mapping[str, Any]) -> str:
+    """The narrower parts of a student: numbers, or shares of the teacher's."""
+    parts = [
+        f"{size:.0%} of the {name}" if isinstance(size, float) else f"{size:,} {name}"
+        for key, name in WIDTHS.items()
+        if (size := student.get(key)) is not None
+    ]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _layers(kept: Any) -> str:

@@ -13,6 +13,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_distill.reporting.model_card import CardFacts, metrics_of_evaluation
 from hf_distill.training.feature_settings import features_named
+from hf_distill.training.on_policy.arguments import given_settings
 
 PICKLED = ["*.bin", "*.pt", "*.pth", "*.pkl"]
 ONLY_TO_RESUME = ["global_step*", "latest", "trainer_state.json", "zero_to_fp32.py"]
@@ -63,6 +64,7 @@ def card_facts(
             "temperature": args.temperature,
             "divergence": args.divergence,
             "features": features_named(args.features),
+            **given_settings(vars(args)),
         },
         metrics=metrics_of_evaluation(evaluated[-1]) if evaluated else None,
         training={

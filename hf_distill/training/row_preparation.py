@@ -115,6 +115,11 @@ class RowPreparation:
     ) -> tuple[Dataset | IterableDataset, str]:
         """Raw rows as token ids, and one line that says what was done."""
         length = self._max_length(tokenizer)
+        if TEACHER_PROMPT_IDS in _names(dataset):
+            raise InputError(
+                f"{name} has raw rows with {TEACHER_PROMPT_IDS!r}, which is for rows of token ids: "
+                f"give {TEACHER_PROMPT!r} (text or messages) beside 'prompt', or remove the column"
+            )
         if self.prompts_only(_names(dataset)):
             if self.args.packing:
                 raise InputError("on_policy needs one document a row: set packing to False")

@@ -91,6 +91,32 @@ def test_no_results_are_published_for_data_without_a_name() -> None:
     assert ModelCard(render_card(replace(FACTS, dataset=None))).data.eval_results is None
 
 
+def test_the_evaluation_data_are_named_where_there_are_some() -> None:
+    facts = replace(FACTS, dataset="a.txt", evaluated_on={"": ["/x/b.txt"]})
+    card = render_card(facts)
+    assert "On `b.txt`. An empty cell" in card
+    results = ModelCard(card).data.eval_results
+    assert {(r.dataset_type, r.dataset_name) for r in results} == {("b.txt", "b.txt")}
+
+    several = {"novels": ["/x/n.txt"], "wiki": ["Salesforce/wikitext"]}
+    figures = {**FACTS.metrics, "sets": dict.fromkeys(several, FACTS.metrics)}
+    card = render_card(replace(facts, evaluated_on=several, metrics=figures))
+    assert "On held-out rows. An empty cell" in card
+    for words in ("### novels\n\n`n.txt`\n\n|", "### wiki\n\n`Salesforce/wikitext`\n\n|"):
+        assert words in card
+    results = ModelCard(card).data.eval_results
+    assert {(r.dataset_type, r.dataset_name) for r in results} == {("n.txt", "novels (n.txt)")}
+
+
+def test_on_policy_rows_and_an_adapted_teacher_are_told() -> None:
+    objective = {**FACTS.objective, "on_policy": 0.5, "max_new_tokens": 64}
+    metrics = {**FACTS.metrics, "unadapted": {"perplexity": 25.0}}
+    card = render_card(replace(FACTS, objective=objective, metrics=metrics))
+    assert "- on policy: 0.5" in card
+    assert "Text that the student generated itself (on-policy rows) has no CE" in card
+    assert "gpt2-large`, which was first trained on the same rows, starting from" in card
+
+
 def test_local_paths_do_not_leak(tmp_path: Path) -> None:
     secret = tmp_path / "alice" / "teacher-v2"
     secret.mkdir(parents=True)

@@ -19,7 +19,7 @@ from hf_distill.reporting import plots
 from hf_distill.reporting.files import history_of_set
 from hf_distill.reporting.formatting import compact, number
 from hf_distill.reporting.report import write_report
-from hf_distill.reporting.words import change_in_words, headline
+from hf_distill.reporting.words import change_in_words, headline, names
 
 Edit = Callable[[dict[str, Any]], None]
 HOSTILE = "</pre><script>alert('&\"')</script>"
@@ -264,6 +264,20 @@ def test_models_are_called_what_the_recipe_calls_them(run: Path) -> None:
     (run / "recipe.yaml").write_text(recipe)
     html = write_report(run).read_text()
     assert "Distilling gpt2-large (2.62M parameters) into gpt2 with LoRA adapters (1.73M" in html
+
+
+@pytest.mark.parametrize(
+    ("student", "name"),
+    [
+        ({"layers": "influence", "num_layers": 24}, "made of its 24 most influential layers"),
+        ({"layers": "influence", "num_layers": 4, "ffn": 0.75},
+         "made of its 4 most influential layers with 75% of the neurons in each layer"),
+        ({"ffn": 1128, "heads": 6, "hidden": 0.5},
+         "1,128 neurons in each layer, 6 attention heads and 50% of the hidden units"),
+    ],
+)  # fmt: skip
+def test_students_are_called_by_what_is_kept(student: dict[str, Any], name: str) -> None:
+    assert names({"teacher": {"model": "a/b"}, "student": student})[1].endswith(name)
 
 
 @pytest.mark.parametrize("damaged", ["metrics.json", "data/preparation.json", "recipe.yaml"])

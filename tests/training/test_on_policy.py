@@ -133,7 +133,7 @@ def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"teacher": None}, "needs a live teacher"),
+        ({"alpha": 0.0}, "on_policy is 0.5, but must be 0 with alpha 0"),
         ({"data_collator": packed}, "set packing to False"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"on_policy": 1.5}, "on_policy is 1.5"),
@@ -141,7 +141,17 @@ def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 )
 def test_what_cannot_be(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=reason):
-        make(tmp_path, **({"on_policy": 0.5, "alpha": 0.0} | options)).train()
+        make(tmp_path, **({"on_policy": 0.5} | options)).train()
+
+
+def test_settings_without_a_share_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, keep_rows=True, on_policy_warmup=0.5)
+    assert "no rows and on_policy_warmup, keep_rows have no effect" in caplog.text
+    caplog.clear()
+    make(tmp_path, keep_rows=True, on_policy_raise=0.1, eval_strategy="steps", eval_dataset=[])
+    assert "no effect" not in caplog.text
 
 
 def test_prompts_alone_are_enough(tmp_path: Path) -> None:

@@ -90,8 +90,13 @@ def long_rows(lengths: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_long_prompt_leaves_fewer_new_tokens_to_itself_only(tmp_path: Path) -> None:
-    model = small_model(0)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_long_prompt_leaves_fewer_new_tokens_to_itself_only(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Also where positions are rotary, so that the model would go on beyond those of its config."""
+    shape = {} if architecture == "gpt2" else {"max_position_embeddings": 32}
+    model = small_model(0, architecture, **shape)
     model.generation_config.suppress_tokens = [0]  # never ends
     trainer = make(
         tmp_path, model=model, rows=long_rows([30, 5, 31, 8]), on_policy=1.0, max_steps=1
@@ -190,6 +195,12 @@ def test_prompts_that_are_too_long_are_dropped_and_counted(
     assert len(trainer.train_dataset) == 4
     with pytest.raises(InputError, match="no prompt is shorter than 3 tokens"):
         raw(tmp_path, [{"prompt": "a fox and a dog"}], tokenizer, max_length=3)
+
+
+def test_ids_of_a_teachers_prompt_beside_raw_rows(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "a fox", "teacher_prompt_ids": [3, 4]}] * 8
+    with pytest.raises(InputError, match="give 'teacher_prompt' .text or messages. beside"):
+        raw(tmp_path, rows, tokenizer)
 
 
 def test_prompts_without_on_policy_rows_teach_nothing(tmp_path: Path, tokenizer: Any) -> None:

@@ -50,6 +50,7 @@ from hf_distill.reporting.report import write_report
 from hf_distill.reporting.words import names, unequal
 from hf_distill.teachers import LiveTeacher, as_teacher
 from hf_distill.training.feature_settings import features_named
+from hf_distill.training.on_policy.arguments import given_settings
 
 Figures = dict[str, dict[str, float]]
 
@@ -279,6 +280,10 @@ def _facts(run: Run, metrics: dict[str, Any]) -> CardFacts:
         teacher=recipe.teacher.model or teacher,
         initial_from=recipe.student.model or _new(recipe) or student,
         dataset=_named(recipe.data.train_places.values()),
+        evaluated_on={
+            split.removeprefix("eval").removeprefix("/"): _named([places])
+            for split, places in recipe.data.eval_places.items()
+        },
         objective=_objective(told["train"]),
         metrics=metrics,
         training={"seed": recipe.seed} | _training(recipe, told["train"]),
@@ -305,7 +310,7 @@ def _named(sets: Iterable[list[str]]) -> list[str]:
 def _objective(train: dict[str, Any]) -> dict[str, Any]:
     names = ("alpha", "temperature", "divergence", *parameters(train["divergence"]))
     found = {name: train[name] for name in names}
-    return found | {"features": features_named(train.get("features"))}
+    return found | {"features": features_named(train.get("features"))} | given_settings(train)
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from hf_distill.recipes.stages.models import (
 from hf_distill.recipes.stages.stage import Run
 from hf_distill.reporting.formatting import compact
 from hf_distill.training.checkpoints import last_complete_checkpoint
-from hf_distill.training.on_policy import WRITTEN_ROWS
+from hf_distill.training.on_policy import WRITTEN_ROWS, OnPolicyArguments
 from hf_distill.training.trainer import DistillationTrainer
 
 # The settings of the divergence that a training logs, by which the report knows what to overlay.
@@ -58,8 +58,10 @@ def train_teacher(run: Run, result: Path) -> None:
 def train_baseline(run: Run, result: Path) -> None:
     """`baseline/`: the student's training with cross-entropy only, all else equal."""
     # With alpha 0 the teacher runs in evaluations only, for the curve of the divergence.
-    data_only = {"alpha": 0.0, "features": None, "on_policy": 0.0, "on_policy_raise": 0.0}
-    _train_student(run, result, arguments(run.recipe.train) | data_only, rows_of_baseline)
+    given, generates = arguments(run.recipe.train), OnPolicyArguments.names()
+    data_only = {name: value for name, value in given.items() if name not in generates}
+    data_only |= {"alpha": 0.0, "features": None}
+    _train_student(run, result, data_only, rows_of_baseline)
 
 
 def distil_off_policy(run: Run, result: Path) -> None:

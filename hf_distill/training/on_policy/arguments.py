@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -13,6 +15,13 @@ from hf_distill.losses.divergences import DIVERGENCES
 DRAWN, SEQUENCE = "drawn_token", "sequence_reverse_kl"
 # The backends that generate text (`on_policy.backends`).
 WRITING_BACKENDS = ("generate", "vllm")
+
+# Settings that ask for something, which is not done while on_policy is 0.
+_ONLY_WITH_ROWS = ("on_policy_warmup", "on_policy_divergence", "teacher_mix", "replay", "keep_rows")
+_OF_THE_ROWS = (
+    "on_policy", "on_policy_warmup", "on_policy_raise", "on_policy_divergence", "teacher_mix",
+    "sampling_temperature", "top_p", "top_k", "max_new_tokens", "replay",
+)  # fmt: skip
 
 
 @dataclass
@@ -148,9 +157,17 @@ class OnPolicyArguments(TrainingArguments):
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             **self._ranges_of_draws(),
+            **self._ranges_without_divergence(),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
         }
+
+    def _ranges_without_divergence(self) -> dict[str, tuple[bool, str]]:
+        """Generated rows have no cross-entropy, so that without a divergence nothing is learnt."""
+        if getattr(self, "alpha", 1) or getattr(self, "features", None):
+            return {}
+        why = "0 with alpha 0, since generated rows have the divergence only"
+        return {name: (not getattr(self, name), why) for name in ("on_policy", "on_policy_raise")}
 
     def _ranges_of_draws(self) -> dict[str, tuple[bool, str]]:
         """The values required by losses that are correct only for unrestricted sampling."""
@@ -165,3 +182,26 @@ class OnPolicyArguments(TrainingArguments):
             name: (getattr(self, name) == value, f"{value} {cause}")
             for name, value in needed.items()
         }
+
+
+def given_settings(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by name, that decide which rows are generated and what is learnt from them.
+
+    train: values of `OnPolicyArguments` by name
+    returns: the share, the length, and what is not the default; {} where nothing is generated
+    """
+    if not (train["on_policy"] or train["on_policy_raise"]):
+        return {}
+    always = ("on_policy", "max_new_tokens")
+    return {name: train[name] for name in _OF_THE_ROWS if name in always or _given(train, name)}
+
+
+def without_effect(train: Mapping[str, Any]) -> list[str]:
+    """The names of settings that were given although the student never generates rows."""
+    if train["on_policy"] or train["on_policy_raise"]:
+        return []
+    return [name for name in _ONLY_WITH_ROWS if _given(train, name)]
+
+
+def _given(train: Mapping[str, Any], name: str) -> bool:
+    return bool(train[name] != OnPolicyArguments.__dataclass_fields__[name].default)

@@ -49,8 +49,8 @@ def check(trainer: Any, batch: Mapping[str, Any]) -> None:
         )
     if TEACHER_PROMPT_IDS in names and (trainer._recorded is not None or trainer.args.replay):
         raise InputError(
-            f"{TEACHER_PROMPT_IDS} needs a live teacher for each row and its own prompt: leave "
-            "out recordings and replay"
+            "a prompt of the teacher's own (teacher_prompt or teacher_prompt_ids) needs a live "
+            "teacher for each row and its own prompt: leave out recordings and replay"
         )
     if "position_ids" in names:
         raise InputError("on_policy needs one document a row: set packing to False")

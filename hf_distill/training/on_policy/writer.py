@@ -24,6 +24,7 @@ from hf_distill.data import TEACHER_PROMPT_IDS
 from hf_distill.errors import InputError, warn_once
 from hf_distill.recordings.collator import ALL_NAMES
 from hf_distill.tasks import TARGET_INDEX, Seq2SeqLM
+from hf_distill.training.on_policy.arguments import without_effect
 from hf_distill.training.on_policy.backends import Backend, Prompt, make_backend
 from hf_distill.training.on_policy.checks import check
 from hf_distill.training.on_policy.judgement import judgement
@@ -58,6 +59,12 @@ class OnPolicy:
         self._kept: KeptTexts | None = None
         self._made: Backend | None = None
         self._teacher_prompts = False
+        if idle := without_effect(vars(trainer.args)):
+            warn_once(
+                "on_policy is 0, so that the student generates no rows and %s %s no effect.",
+                ", ".join(idle),
+                "have" if len(idle) > 1 else "has",
+            )
 
     def write(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Replace rows in the micro-batches of one optimizer step, in place.
@@ -208,8 +215,8 @@ class OnPolicy:
         theirs = row.prompt if row.teacher_prompt is None else row.teacher_prompt
         runner = getattr(self.trainer.teacher, "runner", None)
         for role, prompt, limit in (
-            ("student", row.prompt, self.trainer._loss.student.position_limit),
-            ("teacher", theirs, getattr(runner, "position_limit", None)),
+            ("student", row.prompt, self.trainer._loss.student.longest_text),
+            ("teacher", theirs, getattr(runner, "longest_text", None)),
         ):
             if limit is None or self.encoder_decoder:
                 continue

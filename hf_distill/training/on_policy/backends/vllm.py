@@ -74,7 +74,7 @@ class VllmBackend:
             options["distributed_executor_backend"] = "external_launcher"
         if args.max_length is not None:  # else memory is kept for the longest text of the model
             most = args.max_length + args.max_new_tokens
-            limit = self.trainer._loss.student.position_limit
+            limit = self.trainer._loss.student.longest_text
             options["max_model_len"] = most if limit is None else min(most, limit)
         with tempfile.TemporaryDirectory() as folder:
             student.config.save_pretrained(folder)
