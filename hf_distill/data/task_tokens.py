@@ -45,7 +45,7 @@ def tokenize_source_target(
     """Rows of `source` and `target` for an encoder-decoder: `input_ids` and `labels`.
 
     max_source_length, max_target_length: tokens, special ones included; the end of a longer text is
-        left out and counted
+        left out and counted. A target ends with the end of text, also where the tokenizer adds none
     prefix: put before each source; source_lang, target_lang: see `prompts.for_languages`
     """
     check_tokenizer(tokenizer, max_source_length, chat=False, what="max_source_length")
@@ -77,17 +77,26 @@ def _source_target(
     targets = list(batch["target"])
     whole = tokenizer(sources, text_target=targets, verbose=False)
     cut_sources = tokenizer(sources, truncation=True, max_length=limits[0])["input_ids"]
-    cut = tokenizer(text_target=targets, truncation=True, max_length=limits[1])["input_ids"]
+    end = _missing_end(tokenizer)
+    length = limits[1] - len(end)
+    cut = tokenizer(text_target=targets, truncation=True, max_length=length)["input_ids"]
+    ended = [ids + end for ids in cut]
     finished = batch.get(FINISHED) or [True] * len(targets)
     return {
         "input_ids": cut_sources,
         "labels": [
             ids if whole or ids[-1] != tokenizer.eos_token_id else ids[:-1]
-            for ids, whole in zip(cut, finished, strict=True)
+            for ids, whole in zip(ended, finished, strict=True)
         ],
         "_source": [len(ids) for ids in whole["input_ids"]],
-        "_target": [len(ids) for ids in whole["labels"]],
+        "_target": [len(ids) + len(end) for ids in whole["labels"]],
     }
+
+
+def _missing_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of a text, without which no model learns to stop, where the tokenizer adds none."""
+    end = tokenizer.eos_token_id
+    return [] if end is None or end in tokenizer(text_target="a")["input_ids"] else [end]
 
 
 def tokenize_labelled(

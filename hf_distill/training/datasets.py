@@ -11,6 +11,7 @@ from transformers import Trainer
 from hf_distill.models.base import base_model
 from hf_distill.models.from_scratch import max_positions
 from hf_distill.tasks import CausalLM, find_task
+from hf_distill.teachers import Teacher
 from hf_distill.training.arguments import DistillationArguments
 from hf_distill.training.row_preparation import EVALUATED, PREDICTED, RowPreparation
 from hf_distill.training.task_row_preparation import TaskRowPreparation
@@ -38,13 +39,18 @@ class DatasetsMixin(Trainer):
 
 
 def prepare_datasets(
-    args: DistillationArguments, student: Any, given: dict[str, Any], task: str | None = None
+    args: DistillationArguments,
+    student: Any,
+    given: dict[str, Any],
+    task: str | None = None,
+    teacher: Teacher | None = None,
 ) -> RowPreparation:
     """Tokenize the raw data sets among a trainer's arguments, in place, and print the results.
 
     given: the trainer's keyword arguments; a tokenizer that was found, and a collator if there is
         none, are added to them
     task: its key, None for that of the student's class
+    teacher: names the classes of a student that has no names, before labels are read by name
     returns: what tokenizes the data sets of `evaluate` and `predict` in the same way
     """
     own = given.get("data_collator") is not None
@@ -52,6 +58,9 @@ def prepare_datasets(
         # Made an additional time, only to read its task and its config.
         init = given["model_init"]
         student = init(None) if inspect.signature(init).parameters else init()
+    model = getattr(teacher, "model", None)
+    if student is not None and model is not None:
+        find_task(student, "student", task).check_pair(base_model(student), base_model(model))
     prepare = _preparation(args, given.get("processing_class"), student, task, own_collator=own)
     for name in ("train_dataset", EVALUATED):
         if given.get(name) is not None:

@@ -68,7 +68,7 @@ class DistillationMixin(DatasetsMixin, SavingMixin):
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
-        self._rows = prepare_datasets(args, student, others, task)
+        self._rows = prepare_datasets(args, student, others, task, self.teacher)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)
         super().__init__(model=student, args=args, **others)

@@ -120,6 +120,18 @@ def test_byte_level_words_are_those_of_running_text() -> None:
     assert made("the")["input_ids"] != made(" the")["input_ids"], "the tokenizer is as before"
 
 
+def test_a_target_ends_where_the_tokenizer_adds_no_end() -> None:
+    plain = byte_level(ends=False)
+    rows = Dataset.from_list(
+        [{"source": "one", "target": "two"}, {"source": "a", "target": "x" * 9}]
+    )
+    found, line = tokenize_source_target(rows, plain, max_source_length=9, max_target_length=6)
+    whole, cut = found["labels"]
+    assert whole == [*plain("two")["input_ids"], plain.eos_token_id]
+    assert cut == [*plain("x" * 5)["input_ids"], plain.eos_token_id]
+    assert "1 targets cut" in line
+
+
 def test_a_target_that_was_cut_has_no_end() -> None:
     made = byte_level(ends=True, positions=64)
     rows = Dataset.from_dict(

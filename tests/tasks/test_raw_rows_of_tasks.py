@@ -223,6 +223,19 @@ def test_a_student_without_class_names_gets_its_teachers(tmp_path: Path) -> None
     assert trainer.model.config.id2label == dict(enumerate(CLASSES))
 
 
+@pytest.mark.parametrize("given", ["words", "another order"])
+def test_names_in_rows_are_those_that_the_teacher_gives(given: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": "the dog", "label": name} for name in CLASSES])
+    if given == "another order":
+        rows = rows.cast_column("label", ClassLabel(names=list(reversed(CLASSES))))
+    student = model(CLASSIFY, 0, id2label={i: f"LABEL_{i}" for i in range(len(CLASSES))})
+    trainer = DistillationTrainer(
+        student, model(CLASSIFY, 1), arguments(tmp_path), train_dataset=rows,
+        processing_class=word_pieces(),
+    )  # fmt: skip
+    assert trainer.train_dataset["labels"] == list(range(len(CLASSES)))
+
+
 def test_weights_come_along(tmp_path: Path) -> None:
     for task, expected in ((CLASSIFY, 6), ("question-answering", 9)):
         rows = [{**row, "ce_weight": float(n)} for n, row in enumerate(RAW[task])]
