@@ -87,7 +87,7 @@ class Recipe(Section):
     ] = "causal-lm"
     """What the models predict; see docs/recipes.md."""
     data: DataConfig
-    """The rows and their preparation; see docs/data.md and hf_distill/data/config.py."""
+    """The rows and their preparation; see docs/data.md."""
     tokenizer: TokenizerSection = TokenizerSection()
     """The tokenizer. A string stands for `tokenizer.model`."""
     teacher: TeacherSection
