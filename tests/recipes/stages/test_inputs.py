@@ -156,6 +156,20 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         check_sources(recipe(f"teacher: {tmp_path}"))
 
 
+@pytest.mark.parametrize("name", ["./nope", "/nope/x", "nope/x/y"])
+@pytest.mark.parametrize("role", ["teacher", "student", "tokenizer"])
+def test_a_folder_that_does_not_exist(saved: Path, role: str, name: str) -> None:
+    with pytest.raises(InputError) as raised:
+        check_sources(recipe(f"teacher: {saved}\n{role}: {name}"))
+    message = f"{role} {name!r} is a folder that does not exist: check the path"
+    assert str(raised.value) == message
+
+
+def test_a_name_that_is_no_id() -> None:
+    with pytest.raises(InputError, match=r"teacher 'a b' cannot be loaded \(Repo id must"):
+        check_sources(recipe("teacher: a b"))
+
+
 def test_rows_longer_than_a_model(saved: Path) -> None:
     check_sources(recipe(f"teacher: {saved}\ndata: {{train: a.txt, max_length: 64}}"))
     text = f"teacher: {saved}\ndata: {{train: a.txt, max_length: 65}}"
