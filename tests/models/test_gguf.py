@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_distill.errors import InputError
 from hf_distill.models import loading
 from hf_distill.models.from_teacher import student_from_teacher
-from hf_distill.models.loading import load_model, load_tokenizer, local_tokenizer
+from hf_distill.models.loading import load_config, load_model, load_tokenizer, local_tokenizer
 from hf_distill.teachers.placement import load_placed, size_of
 
 TEXTS = ["a rose grows by the ivy", "the fern and the moss", "ivy by the rose"] * 9
@@ -94,6 +94,19 @@ def test_without_the_package(written: Any, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(InputError, match=r"needs the package gguf: run `pip install") as caught:
             load(written[0], "teacher", gguf_file=FILE)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_a_folder_of_gguf_files_only(load: Any, tmp_path: Path) -> None:
+    for name in ("b.gguf", "a.gguf", "README.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, "teacher")
+    assert "cannot be loaded: its weights are GGUF files (a.gguf, b.gguf)" in str(caught.value)
+    assert "set gguf_file (model_kwargs: {gguf_file: a.gguf} in a recipe" in str(caught.value)
+    (tmp_path / "model.safetensors").touch()  # then something else is wrong
+    with pytest.raises(InputError, match=r"cannot be loaded \("):
+        load(tmp_path, "teacher")
 
 
 def test_a_file_that_is_missing_or_broken(written: Any, tmp_path: Path) -> None:
