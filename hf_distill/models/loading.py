@@ -188,10 +188,14 @@ def not_found(
 def _gguf_not_named(folder: Path, kwargs: Mapping[str, Any]) -> str | None:
     """What is wrong where a local folder has GGUF files, but `gguf_file` names none of them."""
     folder /= kwargs.get("subfolder") or ""
-    if kwargs.get("gguf_file") or not folder.is_dir():
+    asked = kwargs.get("gguf_file")
+    if not folder.is_dir() or (asked and (folder / asked).is_file()):
         return None
     names = sorted(path.name for path in folder.iterdir())
     files = [name for name in names if name.endswith(".gguf")]
+    if asked:
+        present = f"only {', '.join(files)}" if files else "and no other GGUF file"
+        return f"it has no file {asked!r}, {present}: check gguf_file"
     if not files or any(name.endswith((".safetensors", ".bin")) for name in names):
         return None
     return (

@@ -110,8 +110,12 @@ def test_a_folder_of_gguf_files_only(load: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_broken(written: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be loaded \("):
-        load_model(written[0], "teacher", gguf_file="other.gguf")
+    missing = f"cannot be loaded: it has no file 'other.gguf', only {FILE}: check gguf_file"
+    for load in (load_model, load_config, load_tokenizer):
+        with pytest.raises(InputError, match=missing):
+            load(written[0], "teacher", gguf_file="other.gguf")
+    with pytest.raises(InputError, match="no file 'tiny.gguf', and no other GGUF file"):
+        load_model(tmp_path, "teacher", gguf_file=FILE)
     (tmp_path / FILE).write_bytes((written[0] / FILE).read_bytes()[:100])
     with pytest.raises(InputError, match=r"cannot be loaded \("):
         load_model(tmp_path, "teacher", gguf_file=FILE)
