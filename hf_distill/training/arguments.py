@@ -232,6 +232,11 @@ class DistillationArguments(OnPolicyArguments):
                 self.head_memory_mb is None or self.head_memory_mb >= 1,
                 "at least 1",
             ),
+            # Trainer trains by epochs for any number below 1, as if it had not been given.
+            "max_steps": (
+                self.max_steps == -1 or self.max_steps >= 1,
+                "-1 (by epochs) or positive",
+            ),
             "skew": (0 < self.skew < 1, "strictly between 0 and 1"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2"),
             "max_target_length": (
