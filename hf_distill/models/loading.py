@@ -39,7 +39,7 @@ def load_config(name: str | Path, role: str, **kwargs: Any) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(name), **given)
     except UNREADABLE as error:
-        raise InputError(not_found(role, name, error)) from error
+        raise InputError(not_found(role, name, error, kwargs)) from error
     return config
 
 
@@ -72,7 +72,7 @@ def load_model(
         loaded: Any = kind.from_pretrained(str(name), output_loading_info=True, **kwargs)
         model, report = loaded
     except UNREADABLE as error:
-        raise InputError(not_found(role, name, error)) from error
+        raise InputError(not_found(role, name, error, kwargs)) from error
     if unpacked:
         _forget_gguf(model, f"{name}/{kwargs['gguf_file']}")
     warn_of_slow_weights(model, role)
@@ -116,7 +116,7 @@ def load_tokenizer(name: str | Path, role: str, **kwargs: Any) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **kwargs)
     except UNREADABLE as error:
-        raise InputError(not_found(f"{role}'s tokenizer", name, error)) from error
+        raise InputError(not_found(f"{role}'s tokenizer", name, error, kwargs)) from error
     if not _has_tokens(tokenizer):
         raise InputError(
             f"{role} {str(name)!r} has no tokenizer files: save the tokenizer into that folder, or "
@@ -166,13 +166,40 @@ def _forget_gguf(model: Any, name: str) -> None:
     model.name_or_path = model.config.name_or_path = name
 
 
-def not_found(role: str, name: str | Path, error: Exception) -> str:
-    """The error message for an id or a path that cannot be loaded."""
+def not_found(
+    role: str, name: str | Path, error: Exception, kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """The error message for an id or a path that cannot be loaded.
+
+    kwargs: those of `from_pretrained`
+    """
     looks_like_path = str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1
     if looks_like_path and not Path(name).exists():
         return f"{role} {str(name)!r} is a folder that does not exist: check the path"
+    if (reason := _gguf_not_named(Path(name), kwargs or {})) is not None:
+        return f"{role} {str(name)!r} cannot be loaded: {reason}"
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"{role} {str(name)!r} cannot be loaded ({first_line.rstrip('.')}): "
         "give a local folder, or check the id and the connection to the Hub"
+    )
+
+
+def _gguf_not_named(folder: Path, kwargs: Mapping[str, Any]) -> str | None:
+    """What is wrong where a local folder has GGUF files, but `gguf_file` names none of them."""
+    folder /= kwargs.get("subfolder") or ""
+    asked = kwargs.get("gguf_file")
+    if not folder.is_dir() or (asked and (folder / asked).is_file()):
+        return None
+    names = sorted(path.name for path in folder.iterdir())
+    files = [name for name in names if name.endswith(".gguf")]
+    if asked:
+        present = f"only {', '.join(files)}" if files else "and no other GGUF file"
+        return f"it has no file {asked!r}, {present}: check gguf_file"
+    if not files or any(name.endswith((".safetensors", ".bin")) for name in names):
+        return None
+    return (
+        f"its weights are GGUF files ({', '.join(files)}), and none of them is named: set "
+        f"gguf_file (model_kwargs: {{gguf_file: {files[0]}}} in a recipe, "
+        f"gguf_file={files[0]!r} in Python)"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,11 @@ class Widths:
     hidden: Width | None = None
 
     def __bool__(self) -> bool:
-        return any(width is not None for width in (self.ffn, self.heads, self.hidden))
+        return any(width is not None for width in vars(self).values())
+
+    def __str__(self) -> str:
+        given = {name: width for name, width in vars(self).items() if width is not None}
+        return ", ".join(f"{name}={width}" for name, width in given.items())
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,34 @@ def narrower_configs(
         hidden = (hidden[0], kept)
     plain = Narrower(config, changes, ffn_axes, hidden, heads, groups, kept_groups)
     if not heads or getattr(config, "head_dim", None) is not None:
-        return [plain]
+        return _possible(whole, widths, [plain])
     # Without it the size of a head is hidden / heads, and changes with them.
     stated = copy.deepcopy(config)
     stated.head_dim = hidden[0] // next(iter(heads.values()))
-    return [plain, Narrower(stated, changes, ffn_axes, hidden, heads, groups, kept_groups)]
+    return _possible(whole, widths, [plain, replace(plain, config=stated)])
+
+
+def _possible(
+    whole: PreTrainedModel, widths: Widths, candidates: Sequence[Narrower]
+) -> list[Narrower]:
+    """The candidates whose config and model can be made; InputError where there is none."""
+    possible, reason = [], ""
+    for candidate in candidates:
+        try:
+            candidate.config.validate()
+            blueprint(type(whole), candidate.config)
+            possible.append(candidate)
+        except Exception as error:  # configs and models refuse widths with errors of any kind
+            last_line = str(error).strip().splitlines()[-1].strip()
+            reason = reason or last_line.removeprefix("ValueError: ")
+    if not possible:
+        raise cannot_be_cut(whole, widths, reason)
+    return possible
+
+
+def cannot_be_cut(whole: PreTrainedModel, widths: Widths, reason: str) -> InputError:
+    """The error for widths that a model cannot have."""
+    return InputError(f"{type(whole).__name__} cannot be cut to {widths}: {reason}")
 
 
 def _ffn_fields(

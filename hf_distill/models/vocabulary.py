@@ -42,10 +42,14 @@ def known_ids(ids: Tensor, attention_mask: Tensor | None, readable: int, reader:
     unknown = (ids >= readable) | (ids < 0)
     real = unknown if attention_mask is None else unknown & (attention_mask != 0)
     if real.any():
+        largest = int(ids[real].max())
+        causes = (
+            "probably the data were tokenized for another model (use models that share one "
+            "tokenizer), or the token was added later (resize the embedding)"
+        )
         raise InputError(
-            f"{reader} reads ids up to {readable - 1}, but the batch has the token id "
-            f"{int(ids[real].max())}, which its tokenizer lacks: remove it from the data, or "
-            "resize the embedding"
+            f"{reader} reads ids up to {readable - 1}, but the batch has the token id {largest}: "
+            f"{'remove it from the data' if largest < 0 else causes}"
         )
     return ids.masked_fill(unknown, 0)
 

@@ -24,6 +24,7 @@ from hf_distill.models.layer_selection import Stack
 from hf_distill.models.narrower_config import (
     Narrower,
     Widths,
+    cannot_be_cut,
     hidden_width,
     input_dim,
     is_linear,
@@ -92,17 +93,11 @@ def _plan(
     reason = ""
     for candidate in narrower_configs(whole, stacks, widths):
         try:
-            candidate.config.validate()
             outline = blueprint(type(whole), candidate.config)
             return candidate, find_axes(whole, outline, candidate, stacks, reading)
         except Exception as error:  # configs and models refuse widths with errors of any kind
             reason = reason or str(error).strip().splitlines()[-1].strip()
-    raise InputError(f"{type(whole).__name__} cannot be cut to {_asked(widths)}: {reason}")
-
-
-def _asked(widths: Widths) -> str:
-    named = {"ffn": widths.ffn, "heads": widths.heads, "hidden": widths.hidden}
-    return ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+    raise cannot_be_cut(whole, widths, reason)
 
 
 def _most_active(

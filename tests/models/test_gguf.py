@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_distill.errors import InputError
 from hf_distill.models import loading
 from hf_distill.models.from_teacher import student_from_teacher
-from hf_distill.models.loading import load_model, load_tokenizer, local_tokenizer
+from hf_distill.models.loading import load_config, load_model, load_tokenizer, local_tokenizer
 from hf_distill.teachers.placement import load_placed, size_of
 
 TEXTS = ["a rose grows by the ivy", "the fern and the moss", "ivy by the rose"] * 9
@@ -96,9 +96,26 @@ def test_without_the_package(written: Any, monkeypatch: pytest.MonkeyPatch) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_missing_or_broken(written: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_a_folder_of_gguf_files_only(load: Any, tmp_path: Path) -> None:
+    for name in ("b.gguf", "a.gguf", "README.md"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, "teacher")
+    assert "cannot be loaded: its weights are GGUF files (a.gguf, b.gguf)" in str(caught.value)
+    assert "set gguf_file (model_kwargs: {gguf_file: a.gguf} in a recipe" in str(caught.value)
+    (tmp_path / "model.safetensors").touch()  # then something else is wrong
     with pytest.raises(InputError, match=r"cannot be loaded \("):
-        load_model(written[0], "teacher", gguf_file="other.gguf")
+        load(tmp_path, "teacher")
+
+
+def test_a_file_that_is_missing_or_broken(written: Any, tmp_path: Path) -> None:
+    missing = f"cannot be loaded: it has no file 'other.gguf', only {FILE}: check gguf_file"
+    for load in (load_model, load_config, load_tokenizer):
+        with pytest.raises(InputError, match=missing):
+            load(written[0], "teacher", gguf_file="other.gguf")
+    with pytest.raises(InputError, match="no file 'tiny.gguf', and no other GGUF file"):
+        load_model(tmp_path, "teacher", gguf_file=FILE)
     (tmp_path / FILE).write_bytes((written[0] / FILE).read_bytes()[:100])
     with pytest.raises(InputError, match=r"cannot be loaded \("):
         load_model(tmp_path, "teacher", gguf_file=FILE)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from run_setup import invoke, write_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_distill import InputError
-from hf_distill.recipes import load_recipe
+from hf_distill.recipes import load_recipe, parse_recipe
 from hf_distill.recipes.planning import Plan, make_plan, memory_bytes
 from hf_distill.recipes.planning import trial as trials
 from hf_distill.recipes.planning.arithmetic import (
@@ -75,6 +76,16 @@ def test_deepspeed_holds_a_bfloat16_student_by_itself() -> None:
     mixed, rest = replace(MEASURES, engine_dtype=2), 14e9 + 1e9 + 5e9 + 0.5e9
     assert total("ZeRO-2", 8, mixed) == 2e9 + (8e9 + 4e9) / 8 + 2e9 / 8 + 1e9 + rest
     assert total("DDP", 8, mixed) == total("DDP", 8)
+
+
+def test_a_model_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "x.gguf").touch()
+    of = {"name": "tiny", "data": {"train": "a.txt"}, "student": {"layers": "every_other"}}
+    for model, message in {"model": "set gguf_file", "none": "does not exist"}.items():
+        recipe = parse_recipe(yaml.safe_dump(of | {"teacher": str(tmp_path / model)}))
+        with pytest.raises(InputError, match=f"^teacher .*{message}"):
+            make_plan(recipe, 1, 5e9)
 
 
 @pytest.mark.parametrize(("bits", "each"), [(8, 1.0), (4, 0.5 + 4 / 64)])

@@ -331,9 +331,10 @@ def test_the_collator_refuses_what_a_model_lacks(tmp_path: Path) -> None:
     )
     refused(live, "the student reads ids up to 39, but the batch has the token id 40",
             input_ids=[3, 40, 5, 6])  # fmt: skip
-    refused(live, "the teacher 'GPT2LMHeadModel' reads ids up to 29.* the token id 35",
+    refused(live, "the teacher 'GPT2LMHeadModel' reads ids up to 29.* the token id 35: probably "
+            r"the data were tokenized for another model .*, or .* \(resize the embedding",
             input_ids=[3, 35, 5, 6])  # fmt: skip
-    refused(live, "token id -1", input_ids=[3, -1, 5, 6])
+    refused(live, "token id -1: remove it from the data", input_ids=[3, -1, 5, 6])
     refused(live, "a label is the token id 40.* 0 to 39", labels=[3, 4, 40, 6])
     refused(live, "a label is the token id -1.*-100 means no label", labels=[3, 4, -1, 6])
 

@@ -149,7 +149,9 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         quantised.train()
     with pytest.raises(InputError, match="teacher_mix runs the teacher at every generated token"):
         make(tmp_path, on_policy=1.0, writing_backend="vllm", teacher_mix=0.2).train()
-    with pytest.raises(InputError, match=r"vllm_server is http://a, but must be an address"):
+    with pytest.raises(InputError, match="vllm_server is localhost:8000, but must be an address"):
+        make(tmp_path, vllm_server="localhost:8000")
+    with pytest.raises(InputError, match="^writing_backend is generate, but must be vllm with a"):
         make(tmp_path, vllm_server="http://a")
     closed = {"writing_backend": "vllm", "vllm_server": "http://127.0.0.1:9"}
     with pytest.raises(InputError, match="http://127.0.0.1:9 does not answer as a server of vLLM"):

@@ -19,7 +19,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,9 +31,8 @@ from hf_distill.evaluation.speed import spread_of
 from hf_distill.losses.fused_head import default_memory
 from hf_distill.losses.linear_head import LinearHead
 from hf_distill.losses.targets import IGNORE
-from hf_distill.models.heads import which_files
 from hf_distill.models.layer_selection import Stack, choose_layers
-from hf_distill.models.loading import UNREADABLE, check_gguf
+from hf_distill.models.loading import load_config
 from hf_distill.models.narrower_config import narrower_configs
 from hf_distill.models.shorter_config import find_stacks
 from hf_distill.recipes import (
@@ -315,14 +313,8 @@ def _narrower(config: PreTrainedConfig, section: StudentSection) -> PreTrainedCo
 def _config(recipe: Recipe, section: StudentSection | TeacherSection) -> Any:
     settings, name = section.config, section.model
     if settings is None:
-        try:
-            check_gguf(section.model_kwargs)
-            return AutoConfig.from_pretrained(str(name), **which_files(section.model_kwargs))
-        except UNREADABLE as error:
-            raise InputError(
-                f"{name!r} cannot be planned for, since its config cannot be read: give a local "
-                "folder, or check the id and the connection to the Hub"
-            ) from error
+        role = "teacher" if isinstance(section, TeacherSection) else "student"
+        return load_config(str(name), role, **section.model_kwargs)
     vocabulary: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     if recipe.tokenizer.vocab_size is not None:
         vocabulary["vocab_size"] = recipe.tokenizer.vocab_size

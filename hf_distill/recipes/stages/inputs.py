@@ -9,7 +9,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.data import DataConfig, check_max_length
@@ -18,7 +23,7 @@ from hf_distill.errors import InputError
 from hf_distill.evaluation.harness import check_harness
 from hf_distill.models.from_scratch import max_positions, model_from_config
 from hf_distill.models.heads import HEADS, model_types, which_files
-from hf_distill.models.loading import load_config, load_tokenizer
+from hf_distill.models.loading import load_config, load_tokenizer, not_found
 from hf_distill.models.precision import bf16_is_fast
 from hf_distill.models.vocabulary import shared_vocabulary
 from hf_distill.recipes import (
@@ -216,6 +221,8 @@ def _check_reachable(kind: str, role: str, name: str, revision: str | None = Non
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
         ask(name, revision=revision, timeout=PATIENCE_S)
+    except HFValidationError as error:  # no id, as the path of a folder that does not exist
+        raise InputError(not_found(role, name, error)) from error
     except GatedRepoError as error:
         raise InputError(
             f"{role} {name!r} is gated: accept its terms on the Hub and log in with `hf auth login`"

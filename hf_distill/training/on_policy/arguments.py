@@ -127,6 +127,13 @@ class OnPolicyArguments(TrainingArguments):
         every, of_trainer = (fields(kind) for kind in (OnPolicyArguments, TrainingArguments))
         return {field.name for field in every} - {field.name for field in of_trainer}
 
+    def _range_of_backend(self) -> tuple[bool, str]:
+        known = self.writing_backend in WRITING_BACKENDS
+        if known and self.vllm_server is not None:
+            needed = "vllm with a vllm_server: set writing_backend to vllm"
+            return self.writing_backend == "vllm", needed
+        return known, f"one of {', '.join(WRITING_BACKENDS)}"
+
     def on_policy_ranges(self) -> dict[str, tuple[bool, str]]:
         """Whether each value is within its range, and the range in words."""
         return {
@@ -140,19 +147,12 @@ class OnPolicyArguments(TrainingArguments):
                 f"one of {', '.join((*DIVERGENCES, DRAWN, SEQUENCE))}",
             ),
             "teacher_mix": (0 <= self.teacher_mix < 1, "at least 0, below 1"),
-            "writing_backend": (
-                self.writing_backend in WRITING_BACKENDS,
-                f"one of {', '.join(WRITING_BACKENDS)}",
-            ),
             "vllm_memory": (0 < self.vllm_memory < 1, "above 0 and below 1"),
             "vllm_server": (
-                self.vllm_server is None
-                or (
-                    self.writing_backend == "vllm"
-                    and self.vllm_server.startswith(("http://", "https://"))
-                ),
-                "an address (http://...), and writing_backend vllm",
+                self.vllm_server is None or self.vllm_server.startswith(("http://", "https://")),
+                "an address, such as http://localhost:8000",
             ),
+            "writing_backend": self._range_of_backend(),
             "sampling_temperature": (self.sampling_temperature >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),

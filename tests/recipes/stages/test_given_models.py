@@ -82,6 +82,8 @@ def test_a_teacher_from_a_config(tmp_path: Path) -> None:
     teacher = f"{{config: {{{LLAMA}, num_hidden_layers: 2}}}}"
     with pytest.raises(InputError, match="give different indices from 0 to 1"):
         check_student(recipe(teacher, "{layers: [0, 2]}", tokenizer="{vocab_size: 300}"))
+    with pytest.raises(InputError, match="cannot be cut to hidden=11: The hidden size .* is not"):
+        check_student(recipe(teacher, "{hidden: 11}", tokenizer="{vocab_size: 300}"))
     done = run(write_recipe(tmp_path), "student={layers: [0, 99]}")
     assert done.exit_code == 2
     assert "layers=[0, 99] does not select layers" in done.stderr

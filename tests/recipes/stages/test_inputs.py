@@ -70,6 +70,7 @@ OUT_OF_RANGE = {
     "temperature: 0.0": "train: temperature is 0.0, but must be above 0",
     "divergence: kl": "train: divergence is 'kl', but must be one of",
     "divergence: jsd, beta: 1.0": "train: beta is 1.0, but must be strictly between 0 and 1",
+    "max_steps: -5": "train: max_steps is -5, but must be -1 (by epochs) or positive",
     "label_smoothing_factor: 0.1": "train: label_smoothing_factor is 0.1",
     "lr_scheduler_type: cosin": "train: cosin is not a valid SchedulerType",
     "optim: adamm": "train: adamm is not a valid OptimizerNames",
@@ -91,6 +92,16 @@ def test_teacher_training_is_checked_too() -> None:
     )
     with pytest.raises(InputError, match=r"^teacher\.train: adamm is not"):
         check_arguments(recipe(text))
+
+
+def test_steps_are_checked_in_every_training() -> None:
+    sections = {"teacher.train": "teacher: {model: none/such, train: {max_steps: -5}}"}
+    sections["teacher.adapt"] = sections["teacher.train"].replace("train:", "adapt:")
+    sections["off_policy"] = "off_policy: {max_steps: -5}"
+    for name, text in sections.items():
+        with pytest.raises(InputError, match=f"^{name}: max_steps is -5, but must be -1"):
+            check_arguments(recipe(text))
+    check_arguments(recipe("train: {max_steps: -1}"))
 
 
 def test_seed_and_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +165,20 @@ def test_data_and_tokenizer_are_looked_for_too(saved: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="teacher .* cannot be loaded"):
         check_sources(recipe(f"teacher: {tmp_path}"))
+
+
+@pytest.mark.parametrize("name", ["./nope", "/nope/x", "nope/x/y"])
+@pytest.mark.parametrize("role", ["teacher", "student", "tokenizer"])
+def test_a_folder_that_does_not_exist(saved: Path, role: str, name: str) -> None:
+    with pytest.raises(InputError) as raised:
+        check_sources(recipe(f"teacher: {saved}\n{role}: {name}"))
+    message = f"{role} {name!r} is a folder that does not exist: check the path"
+    assert str(raised.value) == message
+
+
+def test_a_name_that_is_no_id() -> None:
+    with pytest.raises(InputError, match=r"teacher 'a b' cannot be loaded \(Repo id must"):
+        check_sources(recipe("teacher: a b"))
 
 
 def test_rows_longer_than_a_model(saved: Path) -> None:
