@@ -195,11 +195,12 @@ def test_rows_to_predict_need_no_labels(task: str, tmp_path: Path) -> None:
     column = {CLASSIFY: "label", "question-answering": "answers"}[task]
     trainer = make(tmp_path, task, RAW[task])
     known = trainer.predict(Dataset.from_list(RAW[task]))  # type: ignore[arg-type]
-    rows = Dataset.from_list([{k: v for k, v in row.items() if k != column} for row in RAW[task]])
-    found = trainer.predict(rows)  # type: ignore[arg-type]
-    assert np.array_equal(np.asarray(found.predictions), np.asarray(known.predictions))
-    with pytest.raises(InputError, match="eval_dataset has the columns"):
-        trainer.evaluate(rows)  # type: ignore[arg-type]
+    listed = [{k: v for k, v in row.items() if k != column} for row in RAW[task]]
+    for rows in (Dataset.from_list(listed), listed):
+        found = trainer.predict(rows)  # type: ignore[arg-type]
+        assert np.array_equal(np.asarray(found.predictions), np.asarray(known.predictions))
+        with pytest.raises(InputError, match="eval_dataset has the columns"):
+            trainer.evaluate(rows)  # type: ignore[arg-type]
 
 
 def test_a_byte_level_tokenizer_is_saved_with_its_spaces(tmp_path: Path) -> None:
