@@ -319,7 +319,7 @@ def _columns(
     if missing:
         raise InputError(
             f"the columns {', '.join(there)} hold no {missing[0]}: name it by "
-            f"columns={{{missing[0]!r}: ...}}"
+            f"columns={{{missing[0]!r}: ...}} (in a recipe data.columns)"
         )
     return found
 
