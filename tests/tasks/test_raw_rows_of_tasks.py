@@ -21,6 +21,7 @@ from hf_distill.data import tokenize_questions
 from hf_distill.data.task_rows import read_questions
 
 CLASSIFY, TAG = "sequence-classification", "token-classification"
+READ = {CLASSIFY: "6 rows of text + label tokenized", TAG: "6 rows of tokens + tags tokenized"}
 SEVERAL = {"problem_type": "multi_label_classification"}
 
 
@@ -55,7 +56,7 @@ def test_raw_rows_train(
     trainer = make(tmp_path, task, rows, eval_dataset={"held": rows}, seed=5)
     told = [line for line in capsys.readouterr().out.splitlines() if "_dataset" in line]
     assert [line.partition(":")[0] for line in told] == ["train_dataset", "eval_dataset['held']"]
-    assert "6 rows tokenized" in told[0]
+    assert READ.get(task, "6 rows tokenized") in told[0]
     assert "at most 40 tokens a row" in told[0]
     trainer.train()
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -67,7 +68,7 @@ def test_raw_rows_train(
     predicted = trainer.predict(rows)  # type: ignore[arg-type]
     assert predicted.metrics
     assert predicted.metrics["test_loss"] == first["eval_held_loss"]
-    assert "test_dataset: 6 rows tokenized" in capsys.readouterr().out
+    assert f"test_dataset: {READ.get(task, '6 rows tokenized')}" in capsys.readouterr().out
 
 
 def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> None:
@@ -304,8 +305,24 @@ def test_a_longer_source_than_the_model_is_cut_and_counted(
 ) -> None:
     rows = [{"text": "the cat sat . " * 20, "label": 1}, {"text": "the cat", "label": 1}]
     trainer = make(tmp_path, CLASSIFY, rows)
-    assert "2 rows tokenized; 1 cut at 40 tokens" in capsys.readouterr().out
+    assert "2 rows of text + label tokenized; 1 cut at 40 tokens" in capsys.readouterr().out
     assert max(map(len, trainer.train_dataset["input_ids"])) == 40
+
+
+def test_the_columns_that_were_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a misspelt second text does not go unnoticed."""
+    for names, said in (
+        (("premise", "hypothesis", "label"), "premise + hypothesis + label"),
+        (("sentence", "sentense2", "labels"), "sentence + labels"),
+    ):
+        values = ["the cat", "the dog", 1]
+        make(tmp_path, CLASSIFY, [dict(zip(names, values, strict=True))] * 2)
+        assert f"train_dataset: 2 rows of {said} tokenized, at m" in capsys.readouterr().out
+    trainer = make(tmp_path, CLASSIFY, RAW[CLASSIFY])
+    trainer.predict([{"content": "the dog"}])  # type: ignore[arg-type]
+    assert "test_dataset: 1 row of content tokenized; 1 without a l" in capsys.readouterr().out
 
 
 def test_an_own_collator_gets_rows_as_they_are(tmp_path: Path) -> None:
