@@ -325,6 +325,19 @@ def test_the_columns_that_were_read_are_named(
     assert "test_dataset: 1 row of content tokenized; 1 without a l" in capsys.readouterr().out
 
 
+def test_figures_of_labels_need_labels(tmp_path: Path) -> None:
+    """A cross-entropy of 0.0 would look like a perfect result."""
+    trainer = make(tmp_path, CLASSIFY, RAW[CLASSIFY])
+    found = trainer.evaluate([{"text": "the dog", "label": None}] * 3)  # type: ignore[arg-type]
+    assert not {"eval_ce", "eval_teacher_ce"} & set(found)
+    assert found["eval_loss"] > 0
+    assert found["eval_loss"] == pytest.approx(
+        trainer.args.alpha * trainer.args.temperature**2 * found["eval_forward_kl"]
+    )
+    assert 0 <= found["eval_top1_agreement"] <= 1
+    assert {"eval_ce", "eval_teacher_ce"} <= set(trainer.evaluate(RAW[CLASSIFY]))  # type: ignore[arg-type]
+
+
 def test_an_own_collator_gets_rows_as_they_are(tmp_path: Path) -> None:
     seen: list[Any] = []
 
