@@ -66,6 +66,7 @@ def test_same_text_as_generate(kind: str) -> None:
 @pytest.mark.parametrize("task", ["translation", "translation_en_to_es"])
 def test_translation(task: str) -> None:
     pipes = pipe("marian", task, max_new_tokens=5)
+    assert pipes([]) == []
     wanted = by_hand(pipes.model, SOURCES[1], max_new_tokens=5)
     assert pipes(SOURCES[1]) == [{"translation_text": wanted}]
 

@@ -42,7 +42,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 def is_raw(rows: Rows) -> bool:
     """Whether rows are of a known raw form; False where they have ``input_ids``, or neither."""
-    names = _names(rows)
+    names = column_names(rows)
     return "input_ids" not in names and find_form(names) is not None
 
 
@@ -76,7 +76,7 @@ def tokenize_raw_rows(
     if max_length < 2:
         raise InputError(f"max_length is {max_length}, but a target needs at least 2 tokens")
     rows = rows.with_format(None)  # cells as Python objects, whatever the user's format
-    names = _names(rows)
+    names = column_names(rows)
     if not names or (isinstance(rows, Dataset) and not len(rows)):
         raise InputError("the data set has no rows: give rows to tokenize")
     form = find_form(names)
@@ -290,7 +290,7 @@ def _format(rows: Rows, form: Form) -> Format:
     return "chat_completion" if is_list(first.get("completion")) else form.format
 
 
-def _names(rows: Rows) -> list[str]:
+def column_names(rows: Rows) -> list[str]:
     """The columns; of a stream that does not know them, those of its first rows."""
     if rows.column_names is not None:
         return list(rows.column_names)

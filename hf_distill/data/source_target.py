@@ -57,7 +57,7 @@ def find_source_target(names: Sequence[str], columns: Mapping[str, str] | None) 
         )
     raise InputError(
         f"the columns {', '.join(names)} hold no known source and target: name them by "
-        "columns={'source': ..., 'target': ...}"
+        "columns={'source': ..., 'target': ...} (in a recipe data.columns)"
     )
 
 

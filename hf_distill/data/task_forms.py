@@ -28,6 +28,7 @@ from hf_distill.data.task_rows import (
     TAGGED,
     TEXT,
     TEXT_PAIRS,
+    columns_read,
     read_labelled,
     read_questions,
     read_source_target,
@@ -181,6 +182,7 @@ def _labelled(
     tagged = task.key == "token-classification"
     known = TAGGED["tags"] if tagged else LABELLED["label"]
     name = next(one for one in known if one in rows.column_names)
+    *inputs, target = columns_read(rows, tagged=tagged).values()
     rows = rows.with_format(None)
     if not tagged and labels.kind == "several":
         rows = as_index_lists(rows, name, len(labels.names))
@@ -189,7 +191,7 @@ def _labelled(
         found, line = tokenize_tagged(
             read_tagged(rows, labels=labels)[0], tokenizer, max_length=max_length
         )
-        return found, line + named
+        return found, _naming([*inputs, target], line) + named
     if str(getattr(rows.features[name], "dtype", "")) == "null":  # no row has a label
         kinds: dict[str, Any] = {"regression": Value("float64"), "several": List(Value("int64"))}
         rows = rows.cast_column(name, kinds.get(labels.kind, Value("int64")))
@@ -200,7 +202,12 @@ def _labelled(
     if without.any():
         found = without_label(found, without, labels)
         line += f"; {int(without.sum()):,} without a label, for the divergence only"
-    return found, line + named
+    return found, _naming(inputs if without.all() else [*inputs, target], line) + named
+
+
+def _naming(columns: Sequence[str], line: str) -> str:
+    """The line that reports the result, with the columns that were read."""
+    return line.replace(" tokenized", f" of {' + '.join(columns)} tokenized", 1)
 
 
 def _by_name(rows: Dataset, name: str, labels: Labels) -> tuple[Dataset, str]:

@@ -202,14 +202,21 @@ def read_unlabelled(dataset: Dataset, columns: Mapping[str, str] | None = None) 
     )
 
 
+def columns_read(
+    dataset: Dataset, columns: Mapping[str, str] | None = None, *, tagged: bool = False
+) -> dict[str, str]:
+    """The columns that `read_labelled` or, if `tagged`, `read_tagged` reads; the labels last."""
+    if tagged:
+        return _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))
+    found = _columns(dataset, LABELLED, _paired(dataset, columns), needed=("text", "label"))
+    return {name: found[name] for name in ("text", "pair", "label") if name in found}
+
+
 def label_column(
     dataset: Dataset, columns: Mapping[str, str] | None, *, tagged: bool = False
 ) -> str:
     """The column that `read_labelled` or, if `tagged`, `read_tagged` takes the labels from."""
-    if tagged:
-        return _columns(dataset, TAGGED, columns, needed=("tokens", "tags"))["tags"]
-    told = _paired(dataset, columns)
-    return _columns(dataset, LABELLED, told, needed=("text", "label"))["label"]
+    return columns_read(dataset, columns, tagged=tagged)["tags" if tagged else "label"]
 
 
 def _paired(dataset: Dataset, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -319,7 +326,7 @@ def _columns(
     if missing:
         raise InputError(
             f"the columns {', '.join(there)} hold no {missing[0]}: name it by "
-            f"columns={{{missing[0]!r}: ...}}"
+            f"columns={{{missing[0]!r}: ...}} (in a recipe data.columns)"
         )
     return found
 

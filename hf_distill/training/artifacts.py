@@ -53,7 +53,7 @@ def card_facts(
 ) -> CardFacts:
     """The facts of a trainer's model card: teacher, objective, and the last evaluation."""
     args, config, folder = trainer.args, trainer.model.config, trainer.args.output_dir
-    evaluated = [entry for entry in trainer.state.log_history if "eval_ce" in entry]
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     return CardFacts(
         model_name=model_name or Path(folder).absolute().name,
         teacher=trainer.teacher.name if trainer.teacher is not None else None,

@@ -49,6 +49,8 @@ class EvaluationSums:
     def metrics(self, objective: Objective) -> dict[str, float]:
         """`loss` and its parts, each a sum divided once; nothing where no batch was added.
 
+        A part over no target is left out, as the cross-entropy of rows without labels: 0.0 would
+        look like a perfect result.
         raises: InputError where no row has a target
         """
         if not self._sums:
@@ -61,16 +63,16 @@ class EvaluationSums:
                 "check how its labels are masked"
             )
         means = {
-            name: _mean(value, counts[self._denominators[name]]) for name, value in sums.items()
+            name: value / counts[self._denominators[name]]
+            for name, value in sums.items()
+            if counts[self._denominators[name]]
         }
         return {"loss": self._loss(means, objective), **means}
 
     def _loss(self, means: Mapping[str, float], objective: Objective) -> float:
-        loss = (1 - objective.alpha) * means["ce"]
+        loss = (1 - objective.alpha) * means.get("ce", 0.0)
         scale = objective.alpha * objective.temperature**2
         loss += scale * means.get(objective.name, 0.0)
-        return loss + sum(weight * means[name] for name, weight in self._term_weights.items())
-
-
-def _mean(total: float, count: float) -> float:
-    return total / count if count else 0.0  # every target has the weight 0
+        return loss + sum(
+            weight * means.get(name, 0.0) for name, weight in self._term_weights.items()
+        )

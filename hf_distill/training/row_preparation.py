@@ -15,11 +15,11 @@ from hf_distill.data import (
     collator,
     find_form,
     holds_prompts,
-    is_raw,
     tokenize_prompts,
     tokenize_raw_rows,
 )
 from hf_distill.data.forms import known_forms
+from hf_distill.data.raw_rows import column_names
 from hf_distill.errors import InputError
 from hf_distill.losses.targets import WEIGHTS
 from hf_distill.models.loading import local_tokenizer
@@ -65,13 +65,10 @@ class RowPreparation:
             self._refuse_teacher_prompts(dataset)
         if isinstance(dataset, Mapping):
             return {key: self(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
-        if isinstance(dataset, list | tuple):
-            first = dataset[0] if dataset else None
-            if not isinstance(first, Mapping) or "input_ids" in first or not self.known(first):
-                return self.tokenized(dataset, name)
-            dataset = Dataset.from_list(list(dataset))
-        if not isinstance(dataset, Dataset | IterableDataset) or not self._raw(dataset, name):
+        if not self._raw(_names(dataset), name):
             return self.tokenized(dataset, name)
+        if isinstance(dataset, list | tuple):
+            dataset = Dataset.from_list(list(dataset))
         tokenizer = self._tokenizer(name)
         with self.args.main_process_first(desc="tokenizing", local=False):
             rows, line = self.tokenize(dataset, name, tokenizer)
@@ -89,13 +86,11 @@ class RowPreparation:
                     "student generates, but on_policy is 0: set on_policy, or remove the column"
                 )
 
-    def is_raw(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether rows are of a known raw form, and not tokenized yet."""
-        return is_raw(dataset) or self.prompts_only(_names(dataset))
-
-    def known(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is of a known raw form."""
-        return find_form(list(row)) is not None or self.prompts_only(list(row))
+    def known(self, names: Sequence[str]) -> bool:
+        """Whether rows with these columns are of a known raw form, and not tokenized yet."""
+        return "input_ids" not in names and (
+            find_form(names) is not None or self.prompts_only(names)
+        )
 
     def prompts_only(self, names: Sequence[str]) -> bool:
         """Whether rows with these columns are prompts whose completions the student writes."""
@@ -115,12 +110,12 @@ class RowPreparation:
     ) -> tuple[Dataset | IterableDataset, str]:
         """Raw rows as token ids, and one line that says what was done."""
         length = self._max_length(tokenizer)
-        if TEACHER_PROMPT_IDS in _names(dataset):
+        if TEACHER_PROMPT_IDS in column_names(dataset):
             raise InputError(
                 f"{name} has raw rows with {TEACHER_PROMPT_IDS!r}, which is for rows of token ids: "
                 f"give {TEACHER_PROMPT!r} (text or messages) beside 'prompt', or remove the column"
             )
-        if self.prompts_only(_names(dataset)):
+        if self.prompts_only(column_names(dataset)):
             if self.args.packing:
                 raise InputError("on_policy needs one document a row: set packing to False")
             return tokenize_prompts(dataset, tokenizer, max_length=length)
@@ -151,11 +146,10 @@ class RowPreparation:
             return collator(self.tokenizer)
         return Collator(0, 0)  # any id will do: what pads is masked
 
-    def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
+    def _raw(self, names: Sequence[str], name: str) -> bool:
         if not self.args.remove_unused_columns and self._own_collator:
             return False  # the user's collator reads the rows as they are
-        names = _names(dataset)
-        if self.is_raw(dataset):
+        if self.known(names):
             return True
         if "input_ids" not in names and not self._own_collator and names:
             raise self.unknown(name, names)
@@ -184,5 +178,9 @@ class RowPreparation:
         return min(DEFAULT_MAX_LENGTH, *limits) if wanted is None else wanted
 
 
-def _names(dataset: Dataset | IterableDataset) -> list[str]:
-    return list(dataset.column_names or next(iter(dataset), {}))
+def _names(dataset: Any) -> list[str]:
+    """The columns of rows; none where they are not known, as of a torch data set."""
+    if isinstance(dataset, list | tuple):
+        first = dataset[0] if dataset else None
+        return list(first) if isinstance(first, Mapping) else []
+    return column_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else []

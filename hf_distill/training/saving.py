@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_distill.errors import InputError
 from hf_distill.reporting.model_card import write_card
 from hf_distill.training import artifacts
 from hf_distill.training.arguments import DistillationArguments
@@ -64,4 +65,13 @@ class SavingMixin(Trainer):
         """As Trainer's, with the projections."""
         if checkpoint and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._loss.features.load(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "loaded state dict" not in str(error):  # torch's words for another set of weights
+                raise
+            raise InputError(
+                f"the optimizer of checkpoint {checkpoint!r} was saved for other weights: features "
+                "or the student differ from those of the checkpoint: resume with the same ones, or "
+                "train without resume_from_checkpoint"
+            ) from error

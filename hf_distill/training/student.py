@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_distill.errors import InputError
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from hf_distill.errors import InputError, warn_once
 from hf_distill.models.base import base_model
 from hf_distill.models.heads import model_types, saved_task
 from hf_distill.models.loading import CLASSES, load_config, load_model
+from hf_distill.reporting.formatting import compact
 from hf_distill.tasks import find_task
+from hf_distill.teachers import AdapterTeacher, LiveTeacher
 from hf_distill.training.arguments import DistillationArguments
 
 
@@ -38,6 +43,45 @@ def load_student(
     if task == theirs and not set(CLASSES) & kwargs.keys():
         kwargs |= classes
     return load_model(name, "student", task, **kwargs)
+
+
+def check_distinct(model: Any, teacher: Any, peft_config: PeftConfig | None) -> None:
+    """InputError for one model in both roles, unless an adapter is switched off to teach."""
+    adapted = isinstance(model, PeftModel) or peft_config is not None
+    if isinstance(model, nn.Module) and model is teacher and not adapted:
+        raise InputError(
+            "student and teacher are the same object, but the teacher must stay as it is while the "
+            "student is trained: load the teacher a second time, or train an adapter (peft_config=)"
+        )
+
+
+def warn_if_larger(student: Any, teacher: Any) -> None:
+    """Warn of a student with more parameters than its teacher: the arguments may be swapped."""
+    if student is None or isinstance(teacher, AdapterTeacher):
+        return
+    if not isinstance(teacher, LiveTeacher):
+        return
+    ours, theirs = _parameters(student), _parameters(teacher.model)
+    # A few tokens more in the student's vocabulary, or another head, are no sign of a mistake.
+    if theirs and ours > 1.01 * theirs:
+        warn_once(
+            "The student has %s parameters, but the teacher only %s: check that the student is the "
+            "first argument and the teacher the second.",
+            compact(ours),
+            compact(theirs),
+        )
+
+
+def _parameters(model: Any) -> int:
+    """How many a model has without its adapters; 0 if it is quantised, where weights are packed."""
+    if getattr(base_model(model).config, "quantization_config", None) is not None:
+        return 0
+    adapters = {*getattr(model, "peft_config", {})}
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed ZeRO-3 holds a shard
+        for name, parameter in model.named_parameters()
+        if not adapters & {*name.split(".")}  # peft names an adapter's weights after it
+    )
 
 
 def _is_encoder(config: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -58,32 +58,28 @@ class TaskRowPreparation(RowPreparation):
         super().__init__(args, tokenizer, model, positions, own_collator=own_collator)
         self._task, self._config = task, plain.config
 
-    def is_raw(self, dataset: Dataset | IterableDataset) -> bool:
-        """See `RowPreparation`."""
-        return self.known(dict.fromkeys(dataset.column_names or next(iter(dataset), {})))
-
     def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         tokenizer = super()._tokenizer(name)
         if self._task.key == TokenClassification.key and tokenizer.is_fast:
             self.tokenizer = tokenizer = with_spaces(tokenizer)  # saved with the student
         return tokenizer
 
-    def _raw(self, dataset: Dataset | IterableDataset, name: str) -> bool:
-        if name == PREDICTED and isinstance(dataset, Dataset):
-            dataset = self._with_labels(dataset)
-        return super()._raw(dataset, name)
+    def _raw(self, names: Sequence[str], name: str) -> bool:
+        if name == PREDICTED:
+            names = [*names, *self._unknown_labels(names)]
+        return super()._raw(names, name)
 
-    def _with_labels(self, dataset: Dataset) -> Dataset:
-        """Rows to predict, whose labels may be unknown: with a column of labels that are none."""
-        key, names = self._task.key, list(dataset.column_names)
+    def _unknown_labels(self, names: Sequence[str]) -> list[str]:
+        """The column of labels that rows to predict lack, if they lack nothing else."""
+        key = self._task.key
         column = LABELS.get(key)
         if column is None or is_raw_for(key, names) or not is_raw_for(key, [*names, column]):
-            return dataset
-        return dataset.add_column(column, [None] * len(dataset))
+            return []
+        return [column]
 
-    def known(self, row: Mapping[str, Any]) -> bool:
+    def known(self, names: Sequence[str]) -> bool:
         """See `RowPreparation`."""
-        return is_raw_for(self._task.key, list(row))
+        return is_raw_for(self._task.key, names)
 
     def known_forms(self) -> str:
         """See `RowPreparation`."""
@@ -99,7 +95,8 @@ class TaskRowPreparation(RowPreparation):
                 "give a Dataset, or tokenize the stream first"
             )
         if name == PREDICTED:
-            dataset = self._with_labels(dataset)
+            for column in self._unknown_labels(dataset.column_names):
+                dataset = dataset.add_column(column, [None] * len(dataset))
         self._check_packing(name)
         how = self._tokens(tokenizer)
         try:

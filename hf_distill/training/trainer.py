@@ -33,6 +33,7 @@ from hf_distill.training.on_policy import OnPolicy
 from hf_distill.training.recordings import find_recordings
 from hf_distill.training.saving import SavingMixin
 from hf_distill.training.step_sums import StepSums, loss_for_log
+from hf_distill.training.student import check_distinct, warn_if_larger
 
 
 class DistillationMixin(DatasetsMixin, SavingMixin):
@@ -64,10 +65,12 @@ class DistillationMixin(DatasetsMixin, SavingMixin):
         **others: Any,
     ) -> None:
         args, self._task = setup.check_arguments(args, others, self.arguments), task
+        check_distinct(model, teacher, peft_config)
         student: Any = setup.make_student(model, teacher, args, peft_config, task)
         self.teacher = setup.make_teacher(
             teacher, student, args, task, teacher_tokenizer, others.get("processing_class")
         )
+        warn_if_larger(student, self.teacher)
         self._rows = prepare_datasets(args, student, others, task, self.teacher)
         self._own_divergence = divergence
         self._recorded = find_recordings(args, others, has_teacher=self.teacher is not None)

@@ -21,6 +21,7 @@ from hf_distill.data import tokenize_questions
 from hf_distill.data.task_rows import read_questions
 
 CLASSIFY, TAG = "sequence-classification", "token-classification"
+READ = {CLASSIFY: "6 rows of text + label tokenized", TAG: "6 rows of tokens + tags tokenized"}
 SEVERAL = {"problem_type": "multi_label_classification"}
 
 
@@ -55,7 +56,7 @@ def test_raw_rows_train(
     trainer = make(tmp_path, task, rows, eval_dataset={"held": rows}, seed=5)
     told = [line for line in capsys.readouterr().out.splitlines() if "_dataset" in line]
     assert [line.partition(":")[0] for line in told] == ["train_dataset", "eval_dataset['held']"]
-    assert "6 rows tokenized" in told[0]
+    assert READ.get(task, "6 rows tokenized") in told[0]
     assert "at most 40 tokens a row" in told[0]
     trainer.train()
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -67,7 +68,7 @@ def test_raw_rows_train(
     predicted = trainer.predict(rows)  # type: ignore[arg-type]
     assert predicted.metrics
     assert predicted.metrics["test_loss"] == first["eval_held_loss"]
-    assert "test_dataset: 6 rows tokenized" in capsys.readouterr().out
+    assert f"test_dataset: {READ.get(task, '6 rows tokenized')}" in capsys.readouterr().out
 
 
 def test_a_model_that_is_made_later_decides_what_rows_are(tmp_path: Path) -> None:
@@ -195,11 +196,12 @@ def test_rows_to_predict_need_no_labels(task: str, tmp_path: Path) -> None:
     column = {CLASSIFY: "label", "question-answering": "answers"}[task]
     trainer = make(tmp_path, task, RAW[task])
     known = trainer.predict(Dataset.from_list(RAW[task]))  # type: ignore[arg-type]
-    rows = Dataset.from_list([{k: v for k, v in row.items() if k != column} for row in RAW[task]])
-    found = trainer.predict(rows)  # type: ignore[arg-type]
-    assert np.array_equal(np.asarray(found.predictions), np.asarray(known.predictions))
-    with pytest.raises(InputError, match="eval_dataset has the columns"):
-        trainer.evaluate(rows)  # type: ignore[arg-type]
+    listed = [{k: v for k, v in row.items() if k != column} for row in RAW[task]]
+    for rows in (Dataset.from_list(listed), listed):
+        found = trainer.predict(rows)  # type: ignore[arg-type]
+        assert np.array_equal(np.asarray(found.predictions), np.asarray(known.predictions))
+        with pytest.raises(InputError, match="eval_dataset has the columns"):
+            trainer.evaluate(rows)  # type: ignore[arg-type]
 
 
 def test_a_byte_level_tokenizer_is_saved_with_its_spaces(tmp_path: Path) -> None:
@@ -316,8 +318,37 @@ def test_a_longer_source_than_the_model_is_cut_and_counted(
 ) -> None:
     rows = [{"text": "the cat sat . " * 20, "label": 1}, {"text": "the cat", "label": 1}]
     trainer = make(tmp_path, CLASSIFY, rows)
-    assert "2 rows tokenized; 1 cut at 40 tokens" in capsys.readouterr().out
+    assert "2 rows of text + label tokenized; 1 cut at 40 tokens" in capsys.readouterr().out
     assert max(map(len, trainer.train_dataset["input_ids"])) == 40
+
+
+def test_the_columns_that_were_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a misspelt second text does not go unnoticed."""
+    for names, said in (
+        (("premise", "hypothesis", "label"), "premise + hypothesis + label"),
+        (("sentence", "sentense2", "labels"), "sentence + labels"),
+    ):
+        values = ["the cat", "the dog", 1]
+        make(tmp_path, CLASSIFY, [dict(zip(names, values, strict=True))] * 2)
+        assert f"train_dataset: 2 rows of {said} tokenized, at m" in capsys.readouterr().out
+    trainer = make(tmp_path, CLASSIFY, RAW[CLASSIFY])
+    trainer.predict([{"content": "the dog"}])  # type: ignore[arg-type]
+    assert "test_dataset: 1 row of content tokenized; 1 without a l" in capsys.readouterr().out
+
+
+def test_figures_of_labels_need_labels(tmp_path: Path) -> None:
+    """A cross-entropy of 0.0 would look like a perfect result."""
+    trainer = make(tmp_path, CLASSIFY, RAW[CLASSIFY])
+    found = trainer.evaluate([{"text": "the dog", "label": None}] * 3)  # type: ignore[arg-type]
+    assert not {"eval_ce", "eval_teacher_ce"} & set(found)
+    assert found["eval_loss"] > 0
+    assert found["eval_loss"] == pytest.approx(
+        trainer.args.alpha * trainer.args.temperature**2 * found["eval_forward_kl"]
+    )
+    assert 0 <= found["eval_top1_agreement"] <= 1
+    assert {"eval_ce", "eval_teacher_ce"} <= set(trainer.evaluate(RAW[CLASSIFY]))  # type: ignore[arg-type]
 
 
 def test_an_own_collator_gets_rows_as_they_are(tmp_path: Path) -> None:

@@ -158,8 +158,40 @@ def test_one_set_of_weights_in_memory(tmp_path: Path) -> None:
 def test_a_model_without_adapter_cannot_teach_itself(tmp_path: Path) -> None:
     model = small_model(0)
     with pytest.raises(InputError, match="has no adapter to switch off"):
+        AdapterTeacher(model)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="same object, .*: load the teacher a second time, or tr"):
         make_trainer(tmp_path, model, model)
     assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InputError, match="student and teacher are the same object"):
+        make_trainer(tmp_path, model.requires_grad_(False), model)  # of an earlier trainer
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    found = DistillationTrainer(
+        model, model, arguments(tmp_path), peft_config=config, train_dataset=make_rows(4, 0)
+    )
+    assert isinstance(found.teacher, AdapterTeacher)
+
+
+def test_a_student_larger_than_its_teacher_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(student: Any, teacher: Any) -> bool:
+        caplog.clear()
+        make_trainer(tmp_path, student, teacher)
+        return "check that the student is the first argument" in caplog.text
+
+    assert told(small_model(0, layers=3), small_model(1))
+    assert "The student has 11k parameters, but the teacher only 4.46k" in caplog.text
+    assert told(adapted(layers=3), small_model(1, "llama"))
+    assert not told(small_model(0), small_model(1, layers=3))
+    assert not told(small_model(0), small_model(1))
+    # With its adapter, an adapted student is larger than the model that it was made of.
+    for kind in OPTIONS:
+        assert not told(adapted(kind), small_model(1, "llama"))
+    student = adapted()
+    assert not told(student, student)
+    quantised = small_model(1)
+    quantised.config.quantization_config = {"quant_method": "gptq"}
+    assert not told(small_model(0, layers=3), quantised)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,20 @@ def test_projections_are_trained_kept_for_resuming_and_not_saved(tmp_path: Path)
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_checkpoint_of_other_weights_is_named(tmp_path: Path) -> None:
+    """Of features that are not set any longer, or of a deeper student."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    trainer_of("GPT2", tmp_path, ALL, pair("GPT2"), **options).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    student, teacher = pair("GPT2")
+    deeper = make_model("GPT2", "causal-lm", seed=1, n_layer=3).double()
+    for features, model in ((None, student), (ALL, deeper)):
+        resumed = trainer_of("GPT2", tmp_path, features, (model, teacher), **options)
+        with pytest.raises(InputError, match="features or the student differ from those of") as e:
+            resumed.train(resume_from_checkpoint=checkpoint)
+        assert "\n" not in str(e.value)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_a_student_with_an_adapter(tmp_path: Path) -> None:

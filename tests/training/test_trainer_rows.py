@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel
 from trainer_setup import arguments, make_rows, small_model
@@ -37,7 +38,8 @@ def tokenizer(tiny_tokenizer: Any) -> Any:
 
 
 def make(tmp_path: Path, rows: Any, tokenizer: Any, **options: Any) -> DistillationTrainer:
-    extra = {k: options.pop(k) for k in ("eval_dataset", "peft_config") if k in options}
+    given = ("eval_dataset", "peft_config", "data_collator")
+    extra = {k: options.pop(k) for k in given if k in options}
     return DistillationTrainer(
         options.pop("model", None) or small_model(0, vocab_size=300, n_positions=64),
         teacher=small_model(1, vocab_size=300, n_positions=64),
@@ -145,6 +147,48 @@ def test_peft_config(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFi
 def test_refused(rows: Any, tokenized: bool, message: str, tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(InputError, match=message):
         make(tmp_path, rows, tokenizer if tokenized else None)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "list"])
+@pytest.mark.parametrize("columns", ["txt", "prompt, complation", "document, summary"])
+def test_unknown_columns_are_refused(
+    columns: str, kind: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Rows in a list too, in which the collator would miss only the ids."""
+    listed = [dict.fromkeys(columns.split(", "), "a dog")] * 4
+    rows: Any = listed if kind == "list" else Dataset.from_list(listed)
+    with pytest.raises(InputError, match=f"train_dataset has the columns {columns}: rows need"):
+        make(tmp_path, rows, tokenizer)
+    with pytest.raises(InputError, match=f"eval_dataset has the columns {columns}: rows need"):
+        make(tmp_path, [FORMS["text"]] * 4, tokenizer, eval_dataset=rows)
+    trainer = make(tmp_path, [FORMS["text"]] * 4, tokenizer)
+    with pytest.raises(InputError, match=f"eval_dataset has the columns {columns}: rows need"):
+        trainer.evaluate(rows)
+
+
+def test_lists_that_need_no_tokenizing(tmp_path: Path, tokenizer: Any) -> None:
+    """Rows of ids, those that an own collator reads, and torch data sets stay what they are."""
+
+    class Torch(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            return {"input_ids": [5, 6, 7]}
+
+    def collate(rows: list[Any]) -> Any:
+        ids = tokenizer([row["txt"] for row in rows], return_tensors="pt")["input_ids"]
+        return {"input_ids": ids, "labels": ids}
+
+    for rows, more in (
+        ([{"input_ids": [5, 6, 7]}] * 8, {}),
+        (Torch(), {}),
+        ([{"txt": "a dog"}] * 8, {"data_collator": collate, "remove_unused_columns": False}),
+    ):
+        trainer = make(tmp_path, rows, tokenizer, eval_dataset=rows, **more)
+        assert trainer.train_dataset is rows
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_a_base_student_ends_its_texts_where_a_turn_ends(
