@@ -74,6 +74,7 @@ RT_POLARITY = Plan(
 PLANS = {
     "banking77": BANKING77,
     "rt_polarity": RT_POLARITY,
+    "banking77-copies": replace(BANKING77, initial="encoder", copies=3),
     "rt_polarity-copies": replace(RT_POLARITY, layers=[0, 1, 2], copies=3, learning_rate=2e-4),
     "banking77-few": replace(BANKING77, labels_per_class=10),
     "rt_polarity-few": replace(RT_POLARITY, labels_per_class=10),
