@@ -187,21 +187,30 @@ class OnPolicyArguments(TrainingArguments):
 def given_settings(train: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, by name, that decide which rows are generated and what is learnt from them.
 
-    train: values of `OnPolicyArguments` by name
+    train: values of `OnPolicyArguments` by name; those that are left out have their default
     returns: the share, the length, and what is not the default; {} where nothing is generated
     """
-    if not (train["on_policy"] or train["on_policy_raise"]):
+    values = _defaults() | train
+    if not (values["on_policy"] or values["on_policy_raise"]):
         return {}
+    given = _not_default(values)
     always = ("on_policy", "max_new_tokens")
-    return {name: train[name] for name in _OF_THE_ROWS if name in always or _given(train, name)}
+    return {name: values[name] for name in _OF_THE_ROWS if name in always or name in given}
 
 
 def without_effect(train: Mapping[str, Any]) -> list[str]:
     """The names of settings that were given although the student never generates rows."""
-    if train["on_policy"] or train["on_policy_raise"]:
+    values = _defaults() | train
+    if values["on_policy"] or values["on_policy_raise"]:
         return []
-    return [name for name in _ONLY_WITH_ROWS if _given(train, name)]
+    given = _not_default(values)
+    return [name for name in _ONLY_WITH_ROWS if name in given]
 
 
-def _given(train: Mapping[str, Any], name: str) -> bool:
-    return bool(train[name] != OnPolicyArguments.__dataclass_fields__[name].default)
+def _defaults() -> dict[str, Any]:
+    names = OnPolicyArguments.names()
+    return {f.name: f.default for f in fields(OnPolicyArguments) if f.name in names}
+
+
+def _not_default(values: Mapping[str, Any]) -> set[str]:
+    return {name for name, default in _defaults().items() if values[name] != default}
