@@ -190,7 +190,7 @@ def given_settings(train: Mapping[str, Any]) -> dict[str, Any]:
     train: values of `OnPolicyArguments` by name; those that are left out have their default
     returns: the share, the length, and what is not the default; {} where nothing is generated
     """
-    values = _defaults() | train
+    values = {**_defaults(), **train}
     if not (values["on_policy"] or values["on_policy_raise"]):
         return {}
     given = _not_default(values)
@@ -200,7 +200,7 @@ def given_settings(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_effect(train: Mapping[str, Any]) -> list[str]:
     """The names of settings that were given although the student never generates rows."""
-    values = _defaults() | train
+    values = {**_defaults(), **train}
     if values["on_policy"] or values["on_policy_raise"]:
         return []
     given = _not_default(values)
