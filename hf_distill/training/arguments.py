@@ -247,6 +247,9 @@ class DistillationArguments(OnPolicyArguments):
             "mlm_probability": (0 < self.mlm_probability < 1, "strictly between 0 and 1"),
             **self.on_policy_ranges(),
         }
+        if not (self.alpha or self.features):  # generated rows have no cross-entropy to learn from
+            why = "0 with alpha 0, since generated rows have the divergence only"
+            ranges |= {n: (not getattr(self, n), why) for n in ("on_policy", "on_policy_raise")}
         for name, (fits, allowed) in ranges.items():
             if not fits:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be {allowed}")

@@ -57,9 +57,8 @@ def check_distinct(model: Any, teacher: Any, peft_config: PeftConfig | None) -> 
 
 def warn_if_larger(student: Any, teacher: Any) -> None:
     """Warn of a student with more parameters than its teacher: the arguments may be swapped."""
-    if student is None or isinstance(teacher, AdapterTeacher):
-        return
-    if not isinstance(teacher, LiveTeacher):
+    of_its_own = isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterTeacher)
+    if student is None or not of_its_own:
         return
     ours, theirs = _parameters(student), _parameters(teacher.model)
     # A few tokens more in the student's vocabulary, or another head, are no sign of a mistake.

@@ -157,17 +157,9 @@ class OnPolicyArguments(TrainingArguments):
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "at least 0"),
             **self._ranges_of_draws(),
-            **self._ranges_without_divergence(),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "prompt_tokens": (self.prompt_tokens >= 1, "at least 1"),
         }
-
-    def _ranges_without_divergence(self) -> dict[str, tuple[bool, str]]:
-        """Generated rows have no cross-entropy, so that without a divergence nothing is learnt."""
-        if getattr(self, "alpha", 1) or getattr(self, "features", None):
-            return {}
-        why = "0 with alpha 0, since generated rows have the divergence only"
-        return {name: (not getattr(self, name), why) for name in ("on_policy", "on_policy_raise")}
 
     def _ranges_of_draws(self) -> dict[str, tuple[bool, str]]:
         """The values required by losses that are correct only for unrestricted sampling."""
